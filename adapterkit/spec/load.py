@@ -209,6 +209,8 @@ def build(document: Document, find: Find, name: str = "") -> Interface:
         raise SpecError(Problem("newer-language", message, "adapterkit", hint="update adapterkit", **place))
     whole = _copy_siblings(_follow_like(document, find, (name,) if name else ()))
     try:
-        return Interface.model_validate(whole.data)
+        interface = Interface.model_validate(whole.data)
     except ValidationError as error:
         raise SpecError(_problem(item, whole) for item in error.errors(include_url=False)) from None
+    interface._document = whole
+    return interface

@@ -122,11 +122,15 @@ def by_name(name: str) -> Interface:
 
 def name_of(interface: Interface) -> str | None:
     """Name under which exactly this interface is known, None for one from elsewhere."""
-    for model_type in interface.model_type or ():
-        name = _registry().types.get(model_type)
-        if name and by_name(name) == interface:
+    known = _registry().loaded
+    for name, candidate in known.items():
+        if candidate is interface:
             return name
-    return next((n for n, known in _registry().loaded.items() if known == interface), None)
+    for model_type in interface.model_type or ():
+        found = _registry().types.get(model_type)
+        if found and digest(by_name(found)) == digest(interface):
+            return found
+    return None
 
 
 def load(source: str | Path | dict[str, Any] | Interface) -> Interface:

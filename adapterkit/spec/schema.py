@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from adapterkit.spec.text import Document, Loc, Mark
 from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, RESERVED
 
 Scalar = bool | int | float | str
@@ -344,9 +345,15 @@ class Interface(Model):
     only: Strings | None = Field(None, description="stacks of `like` that are kept")
     stacks: dict[Name, Stack] = Field(default_factory=dict)
     parts: dict[Name, Part] = Field(default_factory=dict)
+    heads: Paths = Field((), description="task heads below the model itself, where a stack's root is the model")
     unsupported: dict[str, Reason] = Field(default_factory=dict, description="method: why this family cannot have it")
     adapterhub: AdapterHub | None = None
     peft: Peft | None = None
+    _document: Document | None = PrivateAttr(None)
+
+    def mark(self, loc: Loc) -> Mark | None:
+        """Where `loc` stands in the file that this interface was read from."""
+        return self._document.mark(loc) if self._document else None
 
     @model_validator(mode="before")
     @classmethod

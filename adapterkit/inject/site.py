@@ -1,0 +1,138 @@
+"""Sites: modules of the model whose class is swapped for one that also runs the active units.
+
+The class of the single instance is changed, never its attributes: state-dict keys, isinstance, deepcopy, pickle, compile,
+export and sharding keep working, and a compiled graph notices the change of class (forward hooks would be ignored).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from adapterkit.errors import PlanError, Problem
+from adapterkit.runtime import Program, Runtime
+
+CHILD = "adapterkit"
+
+
+class Site(nn.Module):
+    """Container of the units at one module, registered as its child `adapterkit`."""
+
+    def __init__(self, key: str, runtime: Runtime) -> None:
+        super().__init__()
+        self.key = key
+        self.runtime = runtime
+        self.program: Program | None = None
+
+    def forward(self) -> None:
+        raise NotImplementedError("a site is run by its host")
+
+
+def _forward(base: type[nn.Module]) -> Callable[..., Any]:
+    original = base.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        site = self.adapterkit
+        override = site.runtime.override.programs
+        program = site.program if override is None else override.get(site.key)
+        if program is None:
+            return original(self, *args, **kwargs)
+        units = site._modules
+        if program.instead is not None:
+            return units[program.instead](*args, **kwargs)
+        if not args:  # called by keyword
+            return forward(self, kwargs.pop(next(iter(kwargs))), **kwargs)
+        x = args[0]
+        for key in program.inputs:
+            x = units[key](x, self)
+        out = original(self, x, *args[1:], **kwargs)
+        for key in program.outputs:
+            out = units[key](out, x, self)
+        return out
+
+    return forward
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = adapted(base)
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+@cache
+def adapted(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` whose forward runs the site. It keeps the names, which other libraries look at."""
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_adapterkit_base": base,
+        "forward": _forward(base),
+        # the class itself cannot be found by name when unpickling
+        "__reduce_ex__": lambda self, protocol: (_rebuild, (base,), self.__dict__),
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module had before it became a site."""
+    found: type[nn.Module] = type(module).__dict__.get("_adapterkit_base", type(module))
+    return found
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site at a module, None if it is none."""
+    found = module._modules.get(CHILD)
+    return found if isinstance(found, Site) else None
+
+
+def check(module: nn.Module, path: str) -> None:
+    """Refuse a module whose forward another library has replaced on the instance: a swapped class would be ignored.
+
+    Raises: PlanError. accelerate's replacement is known and allowed, since it calls `_old_forward`, which we rebind.
+    """
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        what = f"the forward of {path} ({type(module).__name__}) was replaced on the instance by another library"
+        raise PlanError(Problem("wrapped-forward", what, expected="attach first, then wrap"))
+    if CHILD in module._modules and site_of(module) is None:
+        raise PlanError(Problem("wrapped-forward", f"{path} already has a child named {CHILD!r}"))
+
+
+def open_site(module: nn.Module, key: str, runtime: Runtime) -> Site:
+    """Make a module a site, or give back the one it is."""
+    site = site_of(module)
+    if site is None:
+        site = Site(key, runtime)
+        site.training = module.training
+        module._modules[CHILD] = site
+        _become(module, adapted(type(module)))
+    return site
+
+
+def close_site(module: nn.Module, path: str) -> None:
+    """Give a module its class back and drop the site.
+
+    Raises: PlanError: another library wrapped it after attach.
+    """
+    check_unwrapped(module, path)
+    _become(module, base_class(module))
+    del module._modules[CHILD]
+
+
+def check_unwrapped(module: nn.Module, path: str) -> None:
+    """Refuse to take a site out from under another library's wrapper."""
+    wrapped = "forward" in module.__dict__ and "_old_forward" not in module.__dict__
+    if wrapped or "_adapterkit_base" not in type(module).__dict__:
+        what = f"{path} ({type(module).__name__}) was wrapped by another library after attach"
+        raise PlanError(Problem("wrapped-on-top", what, expected="that wrapper removed first"))
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:
+        # accelerate was there first: its wrapper calls the forward that it remembers
+        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)

@@ -1,0 +1,82 @@
+"""What a method is: a config that selects slots and builds one unit for each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from torch import nn
+
+from adapterkit.model.blueprint import Slot
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | set) else (value,) if isinstance(value, int) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Layers = Annotated[tuple[int | str, ...], BeforeValidator(_as_tuple)]
+Targets = Annotated[tuple[str, ...] | Literal["all"], BeforeValidator(_as_tuple)]
+
+
+class Unit(nn.Module, ABC):
+    """The trained part of a method at one slot.
+
+    An `input` unit maps the input of its host: forward(x, host) -> x. An `output` unit maps its output:
+    forward(out, x, host) -> out; it may write into `out` where `in_place` says so.
+    """
+
+    acts_on: ClassVar[Literal["input", "output"]] = "output"
+
+    def refuses_merge(self) -> str | None:
+        """Why the unit cannot be folded into the weight exactly, None if it can."""
+        return None
+
+    @abstractmethod
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (D_out, D_in) and bias (D_out,) of the plain linear map that equals host and unit together."""
+
+
+class Shared(nn.Module):
+    """Tensors that all units of one adapter use. Registered once, at the first site."""
+
+
+class MethodConfig(BaseModel):
+    """Options of a method. Immutable; unknown options are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    method: ClassVar[str]
+
+    def replace(self, **changes: Any) -> Self:
+        """The same config with some options changed (and checked)."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.method, **self.model_dump(mode="json")}
+
+
+class SlotConfig(MethodConfig):
+    """Options of a method that acts on linear slots."""
+
+    targets: Targets = Field(("q", "v"), description="roles, extra names, 'sublayer.role', addresses, or 'all'")
+    layers: Layers | None = Field(None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all")
+    leave_out: Layers = Field((), description="layers that are left out, as in `layers`")
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Raise ConfigError where the options do not fit the slots."""
+
+    def share(self, slots: Sequence[Slot], generator: torch.Generator | None) -> Shared | None:
+        """Tensors that all units use together, on the CPU."""
+        return None
+
+    @abstractmethod
+    def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        """The unit for one slot, in float32 on the CPU; reads the host's weight at most."""
+
+
+def per_role(value: Any, role: str, default: Any = None) -> Any:
+    """An option that is one value or one for each role."""
+    return value.get(role, default) if isinstance(value, Mapping) else value

@@ -1,0 +1,139 @@
+"""DoRA and DVoRA: the direction of a weight is adapted by a low-rank update, its magnitude by a vector."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from adapterkit.methods.base import Shared, Unit
+from adapterkit.methods.lora import LoRA, LoRAConfig, add_rows
+from adapterkit.methods.vera import VeRA, VeRAConfig
+from adapterkit.methods.weights import readable, slot_bias, slot_weight
+from adapterkit.model.blueprint import Slot
+
+
+class DoRAConfig(LoRAConfig):
+    """Weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353)."""
+
+    method: ClassVar[str] = "dora"
+
+    norm_scaled: bool = Field(True, description="the norm sees alpha / R; false reproduces files of AdapterHub")
+    scale_bias: bool = Field(False, description="the bias is scaled too; true reproduces files of AdapterHub")
+
+    def model_post_init(self, context: Any) -> None:
+        if self.gating or self.init != "lora":
+            raise ValueError("DoRA has neither gating nor other starts than 'lora'")
+
+    def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        return DoRA(slot, self, generator)
+
+
+class DVoRAConfig(VeRAConfig):
+    """DoRA whose direction is adapted by VeRA (Liu et al. 2024, arXiv:2402.09353, section 4.5)."""
+
+    method: ClassVar[str] = "dvora"
+
+    norm_scaled: bool = Field(True, description="the norm sees alpha / R; false reproduces files of AdapterHub")
+    scale_bias: bool = Field(False, description="the bias is scaled too; true reproduces files of AdapterHub")
+
+    def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        return DVoRA(slot, self, shared)
+
+
+class _Magnitude(Unit):
+    """The part that DoRA and DVoRA have in common.
+
+    y = g * (W x + D x) + b with g = m / ||W + D||, the norm of each row over the inputs; D is the low-rank update. The norm
+    is a constant in the backward pass (section 4.3). m starts at ||W||, so that g is exactly 1 at first.
+    """
+
+    def decompose(self, slot: Slot, norm_scaled: bool, scale_bias: bool) -> None:
+        """Add the magnitude m (D_out,) to a unit that is otherwise complete."""
+        self.transposed = slot.transposed
+        self.norm_scaled = norm_scaled
+        self.scale_bias = scale_bias
+        # squared and rooted as in `norm`, so that both have the same bits
+        self.m = nn.Parameter(torch.linalg.vector_norm(readable(slot, "DoRA"), dim=1).square().sqrt())
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """L (D_out, R), S (R, D_in) and s with D = s L S."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def norm(self, host: nn.Module) -> torch.Tensor:
+        """||W + D|| for each row (D_out,), from R columns instead of a second matrix of the weight's size."""
+        weight = slot_weight(host, self.transposed, self.rows)  # type: ignore[arg-type]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight = weight.to(wide)
+        left, right, scaling = self.factors()
+        left, right = left.to(wide), right.to(wide)
+        scaling = scaling if self.norm_scaled else 1.0
+        own = torch.linalg.vector_norm(weight, dim=1)
+        cross = (weight @ right.t() * left).sum(dim=1)
+        square = (left @ (right @ right.t()) * left).sum(dim=1)
+        return (own.square() + 2 * scaling * cross + scaling**2 * square).clamp_min(0).sqrt()
+
+    def adapt(self, out: torch.Tensor, delta: torch.Tensor, host: nn.Module) -> torch.Tensor:
+        """From the host's output (..., D_out) and D x to the decomposed output."""
+        gain = self.m / self.norm(host).to(self.m.dtype)
+        own = out if self.rows is None else self.rows.view(out).flatten(-2)  # type: ignore[union-attr]
+        bias = None if self.scale_bias else slot_bias(host, self.rows)  # type: ignore[arg-type]
+        plain = own if bias is None else own - bias
+        # written as a change of the output, so that g = 1 and D = 0 leave every bit as it is
+        return add_rows(out, (gain - 1) * plain + gain * delta, self.rows, self.in_place)  # type: ignore[arg-type]
+
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        left, right, scaling = self.factors()
+        low = left.to(weight.dtype) @ right.to(weight.dtype)
+        norm = torch.linalg.vector_norm(weight + (scaling if self.norm_scaled else 1.0) * low, dim=1)
+        gain = self.m.to(weight.dtype) / norm
+        return gain[:, None] * (weight + scaling * low), bias * gain if self.scale_bias and bias is not None else bias
+
+
+class DoRA(_Magnitude, LoRA):
+    """y = m / ||W + s B A|| * (W + s B A) x + b.
+
+    Source: Liu et al. 2024, arXiv:2402.09353, eq. 5.
+    Shapes: x (..., D_in) -> (..., D_out); A (R, D_in), B (D_out, R), m (D_out,).
+    """
+
+    def __init__(self, slot: Slot, config: DoRAConfig, generator: torch.Generator | None) -> None:
+        super().__init__(slot, config, generator)
+        self.decompose(slot, config.norm_scaled, config.scale_bias)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        return self.B, self.A, self.scaling
+
+    def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+        if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.A.dtype)
+        if self.training and self.dropout:
+            return self._dropped(out, x, host)
+        return self.adapt(out, self.low_rank(x), host)
+
+    def _dropped(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+        """With dropout only the update sees the thinned input; the host's own part keeps the whole one."""
+        return self.adapt(out, self.low_rank(F.dropout(x, self.dropout)), host)
+
+
+class DVoRA(_Magnitude, VeRA):
+    """y = m / ||W + D|| * (W + D) x + b with D = s diag(b) B diag(d) A.
+
+    Source: Liu et al. 2024, arXiv:2402.09353, section 4.5, with Kopiczko et al. 2024, eq. 2.
+    Shapes: as VeRA, and m (D_out,).
+    """
+
+    def __init__(self, slot: Slot, config: DVoRAConfig, shared: Shared | None) -> None:
+        super().__init__(slot, config, shared)
+        self.decompose(slot, config.norm_scaled, config.scale_bias)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        a, b = self.matrices()
+        return self.b[:, None] * b * self.d, a, self.scaling
+
+    def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+        return self.adapt(out, self.low_rank(self.dropped(x)), host)

@@ -1,0 +1,180 @@
+"""LoRA: low-rank updates of linear maps, with the variants that change only rank, scale, start or gate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from adapterkit.errors import ConfigError, Problem
+from adapterkit.methods.base import Shared, SlotConfig, Unit, per_role
+from adapterkit.methods.weights import is_plain, readable
+from adapterkit.model.blueprint import Slot
+from adapterkit.model.layouts import Rows
+
+
+def add_rows(out: torch.Tensor, delta: torch.Tensor, rows: Rows | None, in_place: bool) -> torch.Tensor:
+    """out (..., D) plus delta (..., rows.total) in the rows of a role; all rows if `rows` is None."""
+    delta = delta.to(out.dtype)
+    if rows is None:
+        return out + delta
+    out = out if in_place else out.clone()
+    # adding never needs the old value in backward, so that writing into a view is safe
+    rows.view(out).add_(delta.unflatten(-1, (rows.groups, rows.length)))
+    return out
+
+
+def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator | None) -> nn.Parameter:
+    """Kaiming-uniform with a = sqrt(5), as nn.Linear and loralib start: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+
+
+class LoRAConfig(SlotConfig):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
+
+    method: ClassVar[str] = "lora"
+
+    r: int | dict[str, int] = Field(8, description="rank R, one or for each role")
+    alpha: float | dict[str, float] | None = Field(None, description="scale: alpha / R; None: alpha = R")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A, in training")
+    rslora: bool = Field(False, description="scale alpha / sqrt(R) (Kalajdzievski 2023, arXiv:2312.03732)")
+    init: Literal["lora", "gaussian", "pissa", "olora"] = Field("lora", description="how A and B start")
+    gating: bool = Field(False, description="scale by a learned gate in place of alpha / R (UniPELT, arXiv:2110.07577)")
+
+    def rank(self, role: str) -> int:
+        return int(per_role(self.r, role, 8))
+
+    def scaling(self, role: str) -> float:
+        rank = self.rank(role)
+        alpha = per_role(self.alpha, role, None)
+        return (rank if alpha is None else float(alpha)) / (math.sqrt(rank) if self.rslora else rank)
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        problems = []
+        roles = {slot.role for slot in slots}
+        for option in ("r", "alpha"):
+            value = getattr(self, option)
+            for role in sorted(value.keys() - roles) if isinstance(value, dict) else ():
+                message = f"{option} names {role!r}, which is not among the targets"
+                problems.append(Problem("unknown-role", message, option, f"targets: {', '.join(sorted(roles))}"))
+        for slot in slots:
+            limit = min(slot.shape or (1, 1))
+            if not 1 <= self.rank(slot.role) <= limit:
+                message = f"rank {self.rank(slot.role)} is not between 1 and {limit}, the smaller side of {slot.shape}"
+                problems.append(Problem("bad-rank", message, slot.address))
+        if problems:
+            raise ConfigError(problems)
+
+    def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        return LoRA(slot, self, generator)
+
+
+class LoRA(Unit):
+    """Low-rank update of one linear map: y = W x + b + s B A x, s = alpha / R.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3. B starts at zero, so the output is unchanged at first. Differs from
+    the paper: A is Kaiming-uniform, not Gaussian, as in the authors' code (`init="gaussian"` is the paper's).
+    PiSSA (Meng et al. 2024, arXiv:2404.02948, eq. 2-4) and OLoRA (arXiv:2406.01775) start A and B at the principal part
+    of W and train that part: y = W x + b + s (B A - B0 A0) x with frozen B0 A0, so that W itself is never written.
+    Shapes: x (..., D_in) -> (..., D_out); A (R, D_in), B (D_out, R).
+    """
+
+    def __init__(self, slot: Slot, config: LoRAConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        d_out, d_in = slot.shape or (0, 0)
+        rank = config.rank(slot.role)
+        self.scaling = config.scaling(slot.role)
+        self.dropout = config.dropout
+        self.rows = slot.rows
+        self.in_place = is_plain(slot.module)
+        self.A = uniform((rank, d_in), d_in, generator)
+        self.B = nn.Parameter(torch.zeros(d_out, rank))
+        self.gate = None
+        self.A0: torch.Tensor | None = None
+        self.B0: torch.Tensor | None = None
+        if config.init == "gaussian":
+            nn.init.normal_(self.A, std=1 / rank, generator=generator)
+        elif config.init != "lora":
+            self._principal(readable(slot, f"init={config.init!r}"), rank, config.init)
+        if config.gating:
+            self.gate = Gate(d_in, generator)
+
+    def _principal(self, weight: torch.Tensor, rank: int, init: str) -> None:
+        """Start at the principal part of W: s B A is its best rank-R part (PiSSA) or its first R columns of Q (OLoRA)."""
+        root = math.sqrt(self.scaling)
+        with torch.no_grad():
+            if init == "pissa":
+                u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+                half = sigma[:rank].sqrt()
+                a, b = half[:, None] * vh[:rank] / root, u[:, :rank] * half / root
+            else:
+                q, r = torch.linalg.qr(weight)
+                a, b = r[:rank] / root, q[:, :rank] / root
+            self.A.copy_(a)
+            self.B.copy_(b)
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
+
+    def low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """s (B A - B0 A0) x without the gate: (..., D_in) -> (..., D_out)."""
+        delta = F.linear(F.linear(x, self.A), self.B)
+        if self.A0 is not None and self.B0 is not None:
+            delta = delta - F.linear(F.linear(x, self.A0), self.B0)
+        return delta * self.scaling
+
+    def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+        if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.A.dtype)
+        gate = self.gate(x) if self.gate is not None else None
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        if gate is not None:
+            return add_rows(out, self.low_rank(x) / self.scaling * gate, self.rows, self.in_place)
+        if self.A0 is None and self.rows is None and self.in_place and out.is_contiguous():
+            low = F.linear(x, self.A)
+            if out.dtype == low.dtype == self.B.dtype:
+                # one pass over `out`, no temporary of its size; the fresh output of a Linear is ours to write
+                out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), self.B.t(), alpha=self.scaling)
+                return out
+            return out + (F.linear(low, self.B) * self.scaling).to(out.dtype)
+        return add_rows(out, self.low_rank(x), self.rows, self.in_place)
+
+    def refuses_merge(self) -> str | None:
+        return "its gate depends on the input" if self.gate is not None else None
+
+    def delta(self, dtype: torch.dtype) -> torch.Tensor:
+        """(D_out, D_in): what the unit adds to the weight."""
+        delta = self.B.to(dtype) @ self.A.to(dtype)
+        if self.A0 is not None and self.B0 is not None:
+            delta = delta - self.B0.to(dtype) @ self.A0.to(dtype)
+        return delta * self.scaling
+
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weight + self.delta(weight.dtype), bias
+
+    def extra_repr(self) -> str:
+        return f"R={self.A.shape[0]}, scaling={self.scaling:g}"
+
+
+class Gate(nn.Module):
+    """One scalar per example: the mean over tokens of sigmoid(w x + c).
+
+    Source: Mao et al. 2022 (UniPELT), arXiv:2110.07577, section 3.2.
+    Shapes: x (B, T, D_in) -> (B, 1, 1); x (B, D_in) -> (B, 1).
+    """
+
+    def __init__(self, d_in: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.weight = uniform((1, d_in), d_in, generator)
+        self.bias = uniform((1,), d_in, generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.sigmoid(F.linear(x, self.weight, self.bias))
+        return scores.mean(dim=1, keepdim=True) if scores.ndim > 2 else scores
+

@@ -1,0 +1,92 @@
+"""Names of methods -> configs: plain names, shorthands such as "lora[r=4]", dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from adapterkit.errors import ConfigError, Problem, did_you_mean, listing
+from adapterkit.methods.base import MethodConfig
+from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
+from adapterkit.methods.ia3 import IA3Config
+from adapterkit.methods.lora import LoRAConfig
+from adapterkit.methods.mtl_lora import MTLLoRAConfig
+from adapterkit.methods.vera import VeRAConfig
+
+METHODS: dict[str, type[MethodConfig]] = {
+    config.method: config for config in (LoRAConfig, IA3Config, VeRAConfig, DoRAConfig, DVoRAConfig, MTLLoRAConfig)
+}
+
+
+def parse(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
+    """The config of a method given by name, shorthand, dict or as it is.
+
+    Raises: ConfigError: unknown name or option, wrong value.
+    """
+    if isinstance(method, MethodConfig):
+        return method
+    if isinstance(method, str):
+        return _shorthand(method)
+    if isinstance(method, Mapping):
+        given = dict(method)
+        return _make(str(given.pop("method", "")), given)
+    kind = type(method).__name__
+    raise ConfigError(Problem("unknown-method", f"a method is a name, a dict or a config, not {kind}"))
+
+
+def _shorthand(text: str) -> MethodConfig:
+    name, bracket, rest = text.strip().partition("[")
+    if not bracket:
+        return _make(name, {})
+    if not rest.endswith("]"):
+        raise ConfigError(Problem("bad-shorthand", f"{text!r} has no closing ']'", expected="such as 'lora[r=4,alpha=8]'"))
+    given = {}
+    for item in _split(rest[:-1]):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(Problem("bad-shorthand", f"{item!r} is not option=value", expected="such as 'lora[r=4]'"))
+        try:
+            given[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(Problem("bad-shorthand", f"the value of {item!r} cannot be read")) from None
+    return _make(name, given)
+
+
+def _split(text: str) -> list[str]:
+    """Cut at commas that stand outside brackets."""
+    items, depth, start = [], 0, 0
+    for at, letter in enumerate(text):
+        depth += (letter in "[({") - (letter in "])}")
+        if letter == "," and not depth:
+            items.append(text[start:at])
+            start = at + 1
+    return [item for item in (*items, text[start:]) if item.strip()]
+
+
+def _make(name: str, given: dict[str, Any]) -> MethodConfig:
+    config = METHODS.get(name)
+    if config is None:
+        message = f"there is no method {name!r}"
+        raise ConfigError(Problem("unknown-method", message, "", f"one of {listing(METHODS, 40)}", did_you_mean(name, METHODS)))
+    return validate(config, given)
+
+
+def validate(config: type[MethodConfig], given: Mapping[str, Any]) -> MethodConfig:
+    """A config of this class from plain values, with our errors."""
+    try:
+        return config.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(_problem(config, item) for item in error.errors(include_url=False)) from None
+
+
+def _problem(config: type[MethodConfig], item: Any) -> Problem:
+    where = ".".join(str(part) for part in item["loc"][:1])
+    if item["type"] == "extra_forbidden":
+        message = f"{config.method} has no option {where!r}"
+        known = list(config.model_fields)
+        return Problem("unknown-option", message, "", f"options: {listing(known, 30)}", did_you_mean(where, known))
+    message = f"{config.method}: {item['input']!r} does not fit {where!r}" if where else f"{config.method}: {item['msg']}"
+    return Problem("bad-option", message, where, item["msg"].replace("Input should be", "expected"))

@@ -1,0 +1,129 @@
+"""Which slots a method adapts: roles, layers and addresses against what the model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from adapterkit.errors import PlanError, Problem, did_you_mean, listing
+from adapterkit.methods.base import SlotConfig
+from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.spec.vocabulary import SUBLAYERS
+
+_OWNERS = {role: ("attention", "cross_attention") for role in ("q", "k", "v", "o")} | {
+    role: ("mlp",) for role in ("gate", "up", "down")
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Slots in the order of the model, and what was asked for and is not there."""
+
+    slots: tuple[Slot, ...]
+    missing: tuple[Problem, ...]
+
+
+def select(blueprint: Blueprint, config: SlotConfig) -> Selection:
+    """The slots that `config` asks for.
+
+    Raises: PlanError: a layer that does not exist, or a number where the model has several stacks.
+    """
+    layers = _layers(blueprint, config)
+    chosen: dict[str, Slot] = {}
+    problems: list[Problem] = []
+    targets = blueprint.roles() if config.targets == "all" else config.targets
+    for target in targets:
+        slots, missing = _target(blueprint, target, layers, partial=config.targets == "all")
+        chosen |= {slot.address: slot for slot in slots}
+        problems += missing
+    order = [slot for slot in blueprint if slot.address in chosen]
+    if not order and not problems:
+        problems.append(Problem("nothing-selected", "no slot is left to adapt", expected="targets and layers that meet"))
+    return Selection(tuple(order), tuple(problems))
+
+
+def _layers(blueprint: Blueprint, config: SlotConfig) -> set[tuple[str, int]]:
+    """(stack, layer) pairs that are adapted."""
+    everything = {(name, i) for name, info in blueprint.stacks.items() for i in range(info.num_layers)}
+    kept = everything if config.layers is None else set().union(*(_layer(blueprint, w) for w in config.layers), set())
+    return kept - set().union(*(_layer(blueprint, word) for word in config.leave_out), set())
+
+
+def _layer(blueprint: Blueprint, word: int | str) -> set[tuple[str, int]]:
+    stacks = {name: info for name, info in blueprint.stacks.items() if info.by_default}
+    if isinstance(word, int):
+        if len(stacks) != 1:
+            example = f"{next(iter(stacks))}.{word}"
+            message = f"layer {word} is not clear: the model has the stacks {listing(stacks)}"
+            raise PlanError(Problem("ambiguous-layer", message, str(word), f"an address such as {example!r}"))
+        name = next(iter(stacks))
+        return _layer(blueprint, f"{name}.{word if word >= 0 else stacks[name].num_layers + word}")
+    name, _, number = word.rpartition(".")
+    if word in blueprint.stacks:
+        return {(word, i) for i in range(blueprint.stacks[word].num_layers)}
+    if name not in blueprint.stacks or not number.isdigit() or int(number) >= blueprint.stacks[name].num_layers:
+        known = [f"{n}.0 to {n}.{info.num_layers - 1}" for n, info in blueprint.stacks.items()]
+        raise PlanError(Problem("no-such-layer", f"there is no layer {word!r}", word, f"layers: {listing(known)}"))
+    return {(name, int(number))}
+
+
+def _target(
+    blueprint: Blueprint, target: str, layers: set[tuple[str, int]], partial: bool
+) -> tuple[list[Slot], list[Problem]]:
+    """Slots of one target word, and the layers that should have it and have not."""
+    stack = next((name for name in blueprint.stacks if target == name or target.startswith(f"{name}.")), None)
+    if stack is not None:
+        rest = target[len(stack) + 1 :]
+        if not rest or rest.split(".")[0].isdigit():
+            return _addressed(blueprint, target, layers)
+        if f"{stack}.{rest}" in blueprint.slots:  # an extra of the stack itself
+            return [blueprint.slots[f"{stack}.{rest}"]], []
+        return _by_role(blueprint, rest, [stack], layers, partial)
+    stacks = [name for name, info in blueprint.stacks.items() if info.by_default]
+    return _by_role(blueprint, target, stacks, layers, partial)
+
+
+def _addressed(
+    blueprint: Blueprint, target: str, layers: set[tuple[str, int]]
+) -> tuple[list[Slot], list[Problem]]:
+    exact = blueprint.slots.get(target)
+    if exact is not None:
+        return [exact], []
+    below = [s for s in blueprint if s.address.startswith(f"{target}.") and s.role != "fused"]
+    below = [s for s in below if s.layer is None or (s.stack, s.layer) in layers]
+    if below:
+        return below, []
+    hint = did_you_mean(target, blueprint.slots)
+    return [], [Problem("no-such-slot", f"there is no slot at {target!r}", target, "an address of `adapterkit show`", hint)]
+
+
+def _by_role(
+    blueprint: Blueprint, target: str, stacks: Iterable[str], layers: set[tuple[str, int]], partial: bool
+) -> tuple[list[Slot], list[Problem]]:
+    sublayer, _, role = target.rpartition(".")
+    stacks = list(stacks)
+    matching = [
+        slot
+        for slot in blueprint
+        if slot.role == role and slot.stack in stacks and (not sublayer or slot.sublayer == sublayer)
+    ]
+    found = [slot for slot in matching if slot.layer is None or (slot.stack, slot.layer) in layers]
+    if not matching:
+        known = blueprint.roles()
+        message = f"this model has no {target!r} ({blueprint.interface_name})"
+        expected = f"targets here: {listing(known)}"
+        return [], [Problem("no-such-role", message, target, expected, did_you_mean(target, known))]
+    if partial:
+        return found, []
+    have = {slot.sublayer_address for slot in found}
+    owners = (sublayer,) if sublayer in SUBLAYERS else _OWNERS.get(role, tuple({str(s.sublayer) for s in matching}))
+    expected_at = {
+        slot.sublayer_address
+        for slot in blueprint
+        if slot.stack in stacks and slot.sublayer in owners and (slot.stack, slot.layer) in layers
+    }
+    lacking = sorted(expected_at - have)
+    if not lacking:
+        return found, []
+    message = f"{target!r} is missing at {len(lacking)} of {len(expected_at)} places: {listing(lacking, 4)}"
+    return found, [Problem("partial", message, target, "a target that every layer has, or addresses of those that have it")]

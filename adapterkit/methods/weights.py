@@ -1,0 +1,54 @@
+"""The weight of a host, in the orientation and rows of a slot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from adapterkit.errors import PlanError, Problem
+
+if TYPE_CHECKING:
+    from adapterkit.model.blueprint import Slot
+    from adapterkit.model.layouts import Rows
+
+
+def is_plain(host: nn.Module) -> bool:
+    """Whether the weight is an ordinary floating-point tensor, neither quantised nor wrapped."""
+    weight = host._parameters.get("weight")
+    if weight is None:
+        return False
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
+
+
+def slot_weight(host: nn.Module, transposed: bool, rows: Rows | None) -> torch.Tensor:
+    """(D_out, D_in) weight of a slot; a view of the host's where possible."""
+    weight: torch.Tensor = host.weight  # type: ignore[assignment]
+    if transposed:
+        weight = weight.t()
+    return weight if rows is None else rows.take(weight)
+
+
+def slot_bias(host: nn.Module, rows: Rows | None) -> torch.Tensor | None:
+    """(D_out,) bias of a slot."""
+    bias: torch.Tensor | None = getattr(host, "bias", None)
+    return bias if bias is None or rows is None else rows.take(bias)
+
+
+def readable(slot: Slot, why: str) -> torch.Tensor:
+    """The slot's weight in float32 at build time.
+
+    Raises: PlanError: it is quantised or on the meta device, so that its values are not there to read.
+    """
+    host = slot.module
+    if not is_plain(host) or host.weight.is_meta:  # type: ignore[union-attr]
+        problem = Problem(
+            "weight-unreadable",
+            f"{why} reads the weight, but that of {slot.path} ({type(host).__name__}) is quantised or not loaded",
+            slot.address,
+            "a model with plain floating-point weights",
+        )
+        raise PlanError(problem)
+    weight = slot_weight(host, slot.transposed, slot.rows).detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,0 +1,96 @@
+"""What a model is, in the words of its interface: slots and places bound to modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from adapterkit.model.layouts import Rows
+from adapterkit.spec.schema import Inputs, Interface, Kernel, Reads
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A linear map that methods may adapt, or a named place of the forward pass (`shape` None)."""
+
+    address: str
+    role: str
+    stack: str
+    layer: int | None
+    sublayer: str | None
+    module: nn.Module
+    path: str
+    shape: tuple[int, int] | None = None
+    """(D_out, D_in) of the role alone."""
+    rows: Rows | None = None
+    """Where the role lies in a fused host, None if the host is the role."""
+    transposed: bool = False
+    """The host keeps its weight as (D_in, D_out)."""
+    batch: str = "first"
+    was: tuple[str, ...] = ()
+    """Module paths under which foreign files know the host."""
+
+    @property
+    def sublayer_address(self) -> str:
+        return self.address.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class StackInfo:
+    """One stack of the model and what the entry of it is told."""
+
+    address: str
+    root: nn.Module
+    path: str
+    num_layers: int
+    layers: tuple[nn.Module, ...]
+    inputs: Inputs
+    parallel: bool
+    reads: Reads | None
+    by_default: bool
+    kernels: Mapping[str, Kernel | None]
+    eager: Mapping[str, str | None]
+    sizes: Mapping[str, tuple[int | None, int | None]]
+    """sublayer -> (query heads, key/value heads), as far as known."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A task head of the model: a module outside everything that the interface claims."""
+
+    address: str
+    path: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """An interface resolved on one model."""
+
+    interface: Interface
+    interface_name: str
+    model: nn.Module
+    slots: Mapping[str, Slot]
+    places: Mapping[str, Slot]
+    stacks: Mapping[str, StackInfo]
+    heads: tuple[Head, ...]
+    poolers: tuple[Head, ...]
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self.slots.values())
+
+    def roles(self) -> tuple[str, ...]:
+        """Every role and extra name that some slot has, in order of appearance, without `fused`."""
+        return tuple(dict.fromkeys(slot.role for slot in self if slot.role != "fused"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "interface": self.interface_name,
+            "slots": {a: {"path": s.path, "shape": s.shape} for a, s in self.slots.items()},
+            "places": {a: {"path": s.path} for a, s in self.places.items()},
+            "heads": [head.path for head in self.heads],
+        }

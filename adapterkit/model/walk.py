@@ -1,0 +1,70 @@
+"""Finding modules by path, with errors that name the children that exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from adapterkit.errors import did_you_mean, listing
+
+
+def child(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at `path` below `module`; None if it is missing or set to None."""
+    if path == ".":
+        return module
+    found: nn.Module | None = module
+    for part in path.split("."):
+        # plain dictionary look-ups: attribute access on modules is ten times slower
+        found = found._modules.get(part)
+        if found is None:
+            return None
+    return found
+
+
+def join(root: str, path: str) -> str:
+    """Path of `path` below `root`, where either may mean the thing itself."""
+    if path == ".":
+        return root
+    return f"{root}.{path}" if root else path
+
+
+def expand(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
+    """Layers below `module`: the members of the list at `pattern`; each '*' stands for all members of one list."""
+    found = [("", module)]
+    for part in pattern.split("."):
+        step = []
+        for path, node in found:
+            names = list(node._modules) if part == "*" else [part] if part in node._modules else []
+            step += [(join(path, name), node._modules[name]) for name in names]
+        found = [(path, node) for path, node in step if node is not None]
+    if pattern.endswith("*"):
+        return found
+    return [
+        (f"{path}.{name}", member)
+        for path, node in found
+        if isinstance(node, (nn.ModuleList, nn.Sequential))
+        for name, member in node._modules.items()
+        if member is not None
+    ]
+
+
+def missing(module: nn.Module, path: str) -> tuple[str, str, str]:
+    """Why `path` is not below `module`: (fact, children that exist, hint)."""
+    node, walked = module, []
+    for part in path.split("."):
+        following = node._modules.get(part)
+        if following is None:
+            break
+        walked.append(part)
+        node = following
+    where = ".".join(walked) or "the root"
+    state = "is None" if part in node._modules else "does not exist"
+    names = [name for name, found in node._modules.items() if found is not None]
+    guess = did_you_mean(part, names) or did_you_mean(part, _leaves(node))
+    return f"{path!r} {state} in {where} ({type(node).__name__})", f"children there: {listing(names)}", guess
+
+
+def _leaves(module: nn.Module) -> Iterator[str]:
+    return (name for name, _ in module.named_modules() if name and re.fullmatch(r"[^.]+(\.[^.]+)?", name))

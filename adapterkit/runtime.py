@@ -1,0 +1,45 @@
+"""Which adapters act: a process-wide default and an override for one thread. Names and constants only, no tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Program(NamedTuple):
+    """What a site does in a forward pass: keys of its units, in order."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    instead: str | None = None
+    """Key of a module that is called in place of the host: a head of the adapter's own."""
+
+
+Programs = Mapping[str, Program]
+"""Site -> program. A site that is not in it does nothing."""
+
+
+class _Override(threading.local):
+    """Programs for this thread. `__init__` runs once in each thread, so that the attribute always is the instance's own:
+
+    a class attribute as default would be guarded by torch.compile in place of the missing instance attribute, and a
+    later override would be ignored without a word.
+    """
+
+    def __init__(self) -> None:
+        self.programs: Programs | None = None
+
+
+class Runtime:
+    """Shared by all sites of a model. Copies and pickles start without an override."""
+
+    def __init__(self) -> None:
+        self.override = _Override()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "override"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.override = _Override()
