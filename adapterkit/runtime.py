@@ -29,6 +29,7 @@ class _Override(threading.local):
 
     def __init__(self) -> None:
         self.programs: Programs | None = None
+        self.active: str | None = None
 
 
 class Runtime:

@@ -191,6 +191,7 @@ def _resolve_scope(
 ) -> None:
     """Resolve the stacks and the parts of one scope."""
     unsupported.update(scope.interface.unsupported)
+    output = _quietly(getattr(scope.model, "get_output_embeddings", None))
     if scope.base is not scope.model:
         claimed.append(scope.base)
     for name, stack in scope.interface.stacks.items():
@@ -216,10 +217,10 @@ def _resolve_scope(
         if f"{info.address}.pooler" in found.places:
             place = found.places[f"{info.address}.pooler"]
             poolers.append(Head(place.address, place.path, place.module))
-        _output_path(scope, stack, loc, config, through)
-    get_input, get_output = (getattr(scope.model, f"get_{k}_embeddings", None) for k in ("input", "output"))
-    claimed += [found for found in (_quietly(get_input),) if found is not None]
-    through += [found for found in (_quietly(get_output),) if found is not None]
+        through += _output_path(scope, stack, output)
+    table = _quietly(getattr(scope.model, "get_input_embeddings", None))
+    claimed += [found for found in (table,) if found is not None]
+    through += [found for found in (output,) if found is not None]
     for index, said in enumerate(scope.interface.heads):
         found_head = _find(scope, said, scope.model, scope.path, scope.config, ("heads", index), draft)
         if found_head is not None:
@@ -255,15 +256,13 @@ def _sub_config(scope: _Scope, name: str | None) -> Any:
     return getattr(scope.config, name, scope.config) if name else scope.config
 
 
-def _output_path(scope: _Scope, stack: Stack, loc: Loc, config: Any, through: list[nn.Module]) -> None:
-    """Modules between the last states and the vocabulary; each class has some of them."""
-    if stack.unembed is None:
-        return
-    for said in (stack.unembed.path, *stack.unembed.through):
-        for name in said.names() if said else ():
-            module = child(scope.model, name)
-            if module is not None:
-                through.append(module)
+def _output_path(scope: _Scope, stack: Stack, output: nn.Module | None) -> list[nn.Module]:
+    """Modules between the last states and the vocabulary, in a class that has a vocabulary; each has some of them."""
+    said = stack.unembed
+    if said is None or (output is None and said.path is None):
+        return []
+    names = (name for path in (said.path, *said.through) if path for name in path.names())
+    return [found for found in (child(scope.model, name) for name in names) if found is not None]
 
 
 def _alternatives(scope: _Scope, at: Path | None, config: Any, loc: Loc, draft: _Draft) -> list[Found]:
@@ -302,12 +301,7 @@ def _try_stack(scope: _Scope, name: str, stack: Stack, at: Found, config: Any) -
     """Resolve one stack below one possible root."""
     draft, loc = _Draft(), ("stacks", name)
     address, root, path = scope.prefix + name, at.module, at.path
-    layers = list({id(m): (p, m) for p, m in expand(root, stack.layers)}.values())
-    if not layers:
-        fact, expected, hint = missing(root, stack.layers.split(".*")[0])
-        empty = child(root, stack.layers.split(".*")[0]) is not None
-        message = f"{stack.layers!r} holds no layers" if empty else fact
-        scope.note(draft, (*loc, "layers"), "path-not-found", message, expected, "" if empty else hint)
+    layers = _layers(scope, stack, root, draft, (*loc, "layers"))
     places = {
         "entry": stack.entry,
         "exit": stack.exit,
@@ -346,6 +340,23 @@ def _try_stack(scope: _Scope, name: str, stack: Stack, at: Found, config: Any) -
         sizes=draft.sizes,
     )
     return info, draft
+
+
+def _layers(scope: _Scope, stack: Stack, root: nn.Module, draft: _Draft, loc: Loc) -> list[tuple[str, nn.Module]]:
+    """Path and module of every layer; one that is used at several depths counts once."""
+    found = [(pattern, expand(root, pattern)) for pattern in stack.layers.names()]
+    existing = [(pattern, layers) for pattern, layers in found if layers]
+    if len(existing) == 1:
+        return list({id(module): (path, module) for path, module in existing[0][1]}.values())
+    if existing:
+        scope.note(draft, loc, "ambiguous", f"more than one list exists: {listing(p for p, _ in existing)}", "exactly one")
+        return []
+    top = found[0][0].split(".*")[0]
+    fact, expected, hint = missing(root, top)
+    if child(root, top) is not None:
+        fact, hint = f"{found[0][0]!r} holds no layers", ""
+    scope.note(draft, loc, "path-not-found", fact, expected, hint)
+    return []
 
 
 def _kinds(scope: _Scope, stack: Stack, config: Any, count: int, loc: Loc, draft: _Draft) -> list[str] | None:

@@ -49,7 +49,7 @@ def _merge(base: Document, over: Document) -> Document:
             here = (*loc, key)
             if key not in high:
                 result[key] = take(base, here, here, low[key])
-            elif high[key] is None and key in low:
+            elif high[key] is None and low.get(key) is not None:
                 continue
             elif _mergeable(low.get(key), high[key]):
                 result[key] = join(low[key], high[key], here)

@@ -169,3 +169,9 @@ def digest(interface: Interface) -> str:
     """Hash of what the interface says, whatever file it came from."""
     text = json.dumps(dump(interface), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_shipped(name: str) -> bool:
+    """Whether an interface comes with adapterkit, so that files need not carry it."""
+    entry = _registry().entries.get(name)
+    return entry is not None and entry.shipped

@@ -240,9 +240,9 @@ class Inputs(Model):
 class Reads(Model):
     """The other stack whose states this one attends to."""
 
-    stack: str
+    stack: str = Field(description="a stack of this file; for a part, another part")
     states: str = Field("encoder_hidden_states", description="argument of the entry that holds the states")
-    mask: str = Field("encoder_attention_mask", description="argument of the entry that holds their mask")
+    mask: str | None = Field("encoder_attention_mask", description="argument of the entry that holds their mask")
 
 
 class Unembed(Model):
@@ -276,6 +276,30 @@ class Kinds(Model):
     of: dict[str, Layer] = Field(description="kind: what its layers have on top of the stack's own words")
 
 
+class Layers(Model):
+    """Where the layers of a stack lie: the path of a list, or a pattern with '*' over nested lists."""
+
+    path: str | None = Field(None, description="path of the list of layers, or a pattern with '*' over nested lists")
+    any_of: Annotated[tuple[str, ...] | None, FromList] = Field(None, description="alternatives; exactly one must exist")
+    was: Strings = Field((), description="paths of the list in files made elsewhere or by older versions")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.path is None) == (self.any_of is None):
+            raise refuse("one-of", "layers are named by either 'path' or 'any_of'")
+        for name in self.names():
+            if not _GLOB.match(name):
+                raise refuse("bad-path", f"{name!r} is not the path of a list of layers")
+        return self
+
+    def names(self) -> tuple[str, ...]:
+        """Every path that may be meant, in order."""
+        return (self.path,) if self.path is not None else self.any_of or ()
+
+
+LayersField = Annotated[Layers, BeforeValidator(_path, json_schema_input_type=str | Layers)]
+
+
 class Stack(Layer):
     """A column of layers with one residual stream."""
 
@@ -290,7 +314,7 @@ class Stack(Layer):
     exit: PathField | None = Field(None, description="last module before pooling (default: final_norm, else last layer)")
     inputs: Inputs = Field(default_factory=Inputs)
     reads: Reads | None = None
-    layers: Annotated[str, Field(description="path of the list of layers, or a pattern with '*' over nested lists")]
+    layers: LayersField
     kinds: Kinds | None = None
     final_norm: PathField | None = None
     pooler: PathField | None = Field(None, description="pooling with weights inside the base: frozen, saved with heads")
@@ -299,8 +323,6 @@ class Stack(Layer):
 
     @model_validator(mode="after")
     def _stack(self) -> Self:
-        if not _GLOB.match(self.layers):
-            raise refuse("bad-path", f"{self.layers!r} is not the path of a list of layers")
         if self.shared_norm is not None and self.block != "parallel":
             raise refuse("missing-word", "'shared_norm' needs 'block: parallel'")
         if self.attention is None and self.mlp is None and self.kinds is None:
@@ -313,6 +335,7 @@ class Part(Model):
 
     at: PathField
     config: str = Field(description="sub-config of the part; its model type chooses the interface")
+    reads: Reads | None = Field(None, description="the other part whose states this one attends to")
     by_default: bool = Field(True, description="false: roles reach this part only when it is addressed")
 
 
@@ -369,4 +392,7 @@ class Interface(Model):
         for name, stack in self.stacks.items():
             if stack.reads and stack.reads.stack not in self.stacks:
                 raise refuse("unknown-stack", f"stacks.{name}.reads names {stack.reads.stack!r}, which is no stack here")
+        for name, part in self.parts.items():
+            if part.reads and part.reads.stack not in self.parts:
+                raise refuse("unknown-stack", f"parts.{name}.reads names {part.reads.stack!r}, which is no part here")
         return self

@@ -1,0 +1,79 @@
+"""Declarative adapters for PyTorch and Hugging Face models: every method for every model, described by one YAML file.
+
+Names are loaded when they are first used: `import adapterkit` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.versions import __version__
+
+_HOMES = {
+    "attach": "adapterkit.kit",
+    "load": "adapterkit.kit",
+    "of": "adapterkit.kit",
+    "plan": "adapterkit.kit",
+    "Kit": "adapterkit.kit",
+    "Adapter": "adapterkit.adapter",
+    "Plan": "adapterkit.plan",
+    "Interface": "adapterkit.interface",
+    "register": "adapterkit.interface",
+    "interfaces": "adapterkit.interface",
+    "LoRAConfig": "adapterkit.methods.lora",
+    "IA3Config": "adapterkit.methods.ia3",
+    "VeRAConfig": "adapterkit.methods.vera",
+    "DoRAConfig": "adapterkit.methods.dora",
+    "DVoRAConfig": "adapterkit.methods.dora",
+    "MTLLoRAConfig": "adapterkit.methods.mtl_lora",
+    "errors": "adapterkit.errors",
+}
+
+__all__ = [  # noqa: PLE0604
+    "Adapter",
+    "DVoRAConfig",
+    "DoRAConfig",
+    "IA3Config",
+    "Interface",
+    "Kit",
+    "LoRAConfig",
+    "MTLLoRAConfig",
+    "Plan",
+    "VeRAConfig",
+    "__version__",
+    "attach",
+    "errors",
+    "interfaces",
+    "load",
+    "of",
+    "plan",
+    "register",
+]
+
+if TYPE_CHECKING:
+    from adapterkit import errors
+    from adapterkit.adapter import Adapter
+    from adapterkit.interface import Interface, interfaces, register
+    from adapterkit.kit import Kit, attach, load, of, plan
+    from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
+    from adapterkit.methods.ia3 import IA3Config
+    from adapterkit.methods.lora import LoRAConfig
+    from adapterkit.methods.mtl_lora import MTLLoRAConfig
+    from adapterkit.methods.vera import VeRAConfig
+    from adapterkit.plan import Plan
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
+    module = import_module(home)
+    # `plan` is a function here and a module below: the import above has bound the module to the name
+    value = module if name == "errors" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

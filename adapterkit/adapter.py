@@ -1,0 +1,69 @@
+"""One adapter of a kit: its config, its plan, its tensors by address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from adapterkit.inject.injector import Injection
+from adapterkit.methods.base import MethodConfig, Unit
+from adapterkit.plan import Plan
+
+
+@dataclass(eq=False)
+class Adapter:
+    """An adapter that is attached to a model."""
+
+    name: str
+    plan: Plan
+    units: dict[str, Unit]
+    shared: nn.Module | None
+    heads: dict[str, nn.Module]
+    """Address of the head -> the adapter's own copy of it."""
+    poolers: dict[str, nn.Module]
+    """Address of a pooler inside the base -> a frozen copy, where a file brought one that differs."""
+    injection: Injection
+    trainable: bool = True
+    merged: bool = field(default=False)
+
+    @property
+    def config(self) -> MethodConfig:
+        return self.plan.config
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything the adapter owns, by address."""
+        shared = {"shared": self.shared} if self.shared is not None else {}
+        return {**shared, **self.units, **self.heads, **self.poolers}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for address, module in self.modules().items():
+            for name, parameter in module.named_parameters():
+                yield f"{address}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors by slot address, detached."""
+        return {
+            f"{address}.{name}": tensor.detach()
+            for address, module in self.modules().items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the adapter trains, its heads included."""
+        return self.plan.parameters + self.plan.head_parameters
+
+    def require_grad(self, wanted: bool) -> None:
+        """Switch training on or off; tensors that are frozen by their method stay so."""
+        self.trainable = wanted
+        for module in (*self.units.values(), *self.heads.values()):
+            module.requires_grad_(wanted)
+
+    def __repr__(self) -> str:
+        return repr(self.plan)

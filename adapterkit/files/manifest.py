@@ -1,0 +1,67 @@
+"""What is needed to take an adapter out of a full checkpoint, as one tensor that travels in the state dict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from adapterkit.errors import FileFormatError, Problem
+from adapterkit.inject.state import from_buffer, to_buffer
+from adapterkit.model.blueprint import Blueprint
+from adapterkit.plan import Plan
+from adapterkit.spec import registry
+
+FORMAT_VERSION = 1
+
+
+def describe(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
+    """The part of a config that native files and manifests share."""
+    spec = blueprint.interface
+    shipped = blueprint.interface_name in registry.interfaces() and registry.is_shipped(blueprint.interface_name)
+    return {
+        "format": "adapterkit",
+        "format_version": FORMAT_VERSION,
+        "name": plan.name,
+        "config": plan.config.to_dict(),
+        "interface": {
+            "name": blueprint.interface_name,
+            "hash": registry.digest(spec),
+            "spec": None if shipped else registry.dump(spec),
+        },
+        "slots": {slot.address: list(slot.shape or ()) for slot in plan.slots},
+        "heads": [head.path for head in plan.heads],
+    }
+
+
+def write(plan: Plan, blueprint: Blueprint) -> torch.Tensor:
+    """The manifest of an adapter as a uint8 tensor."""
+    return to_buffer(json.dumps(describe(plan, blueprint), separators=(",", ":")))
+
+
+def check_version(data: Mapping[str, Any], file: str) -> None:
+    """Refuse a format this version cannot read.
+
+    Raises: FileFormatError.
+    """
+    version = data.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise FileFormatError(Problem("bad-file", "'format_version' is missing or no number", file=file))
+    if version > FORMAT_VERSION:
+        message = f"written in format {version}; this adapterkit reads up to format {FORMAT_VERSION}"
+        raise FileFormatError(Problem("newer-format", message, hint="update adapterkit", file=file))
+
+
+def read(buffer: torch.Tensor, file: str) -> dict[str, Any]:
+    """The manifest in a checkpoint.
+
+    Raises: FileFormatError: it is damaged, or newer than this adapterkit.
+    """
+    try:
+        data = json.loads(from_buffer(buffer))
+    except ValueError:
+        raise FileFormatError(Problem("bad-file", "the manifest of an adapter cannot be read", file=file)) from None
+    check_version(data, file)
+    return dict(data)

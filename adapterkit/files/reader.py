@@ -1,0 +1,147 @@
+"""Which format a source is in, and its contents: directories, hub ids, full checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterkit.errors import FileFormatError, Problem, listing
+from adapterkit.files import adapterhub, manifest, native, peft
+from adapterkit.files.content import Content
+from adapterkit.files.disk import read_json, read_tensors
+from adapterkit.inject.state import is_manifest, strip
+from adapterkit.model.blueprint import Blueprint
+
+_CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")
+_INDEX = "model.safetensors.index.json"
+# everything that one of the formats needs; nothing else is fetched from a hub
+_PATTERNS = ["*.json", "*.safetensors", "*.bin"]
+
+
+def locate(source: str | Path, revision: str | None, local_files_only: bool) -> Path:
+    """A local directory, or the snapshot of a hub id in huggingface_hub's cache.
+
+    Raises: FileFormatError: neither exists.
+    """
+    path = Path(source)
+    if path.exists():
+        return path if path.is_dir() else path.parent
+    name = str(source)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
+        raise FileFormatError(Problem("not-found", "there is no such directory", file=name))
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            name, revision=revision, local_files_only=local_files_only, allow_patterns=_PATTERNS
+        )
+    except Exception as error:
+        # a missing repository, a missing revision, no network, an empty cache: one sentence says which
+        first = str(error).strip().splitlines()
+        message = f"no directory, and no hub id that can be had: {first[0] if first else type(error).__name__}"
+        raise FileFormatError(Problem("not-found", message, file=name)) from error
+    return Path(found)
+
+
+def kind(directory: Path) -> str:
+    """Format of a directory: native, adapterhub, peft or checkpoint.
+
+    Raises: FileFormatError: it is none of them.
+    """
+    config = directory / native.CONFIG
+    if config.is_file():
+        data = read_json(config)
+        if data.get("format") == "adapterkit":
+            return "native"
+        if "peft_type" in data:
+            return "peft"
+        if adapterhub.recognises(data):
+            return "adapterhub"
+        known = "'format': 'adapterkit', or a config of AdapterHub or PEFT"
+        raise FileFormatError(Problem("unknown-format", "no format that is known", expected=known, file=str(config)))
+    if any((directory / name).is_file() for name in (*_CHECKPOINTS, _INDEX)):
+        return "checkpoint"
+    names = listing(sorted(entry.name for entry in directory.iterdir()))
+    message = f"holds no {native.CONFIG} and no checkpoint"
+    raise FileFormatError(Problem("unknown-format", message, expected=f"files there: {names}", file=str(directory)))
+
+
+def read(
+    source: str | Path, blueprint: Blueprint, *, revision: str | None, local_files_only: bool, allow_bin: bool
+) -> list[Content]:
+    """Everything that a source holds, in the words of adapterkit.
+
+    Raises: FileFormatError.
+    """
+    directory = locate(source, revision, local_files_only)
+    found = kind(directory)
+    if found == "native":
+        return [native.read(directory)]
+    if found == "peft":
+        return [peft.read(directory, blueprint, allow_bin)]
+    if found == "adapterhub":
+        return [adapterhub.read(directory, blueprint, allow_bin)]
+    return checkpoint(_checkpoint_tensors(directory, allow_bin), str(directory))
+
+
+def _checkpoint_tensors(directory: Path, allow_bin: bool) -> dict[str, torch.Tensor]:
+    """All tensors of a full checkpoint, from one file or several."""
+    index = directory / _INDEX
+    if index.is_file():
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        tensors: dict[str, torch.Tensor] = {}
+        for name in files:
+            if Path(name).name != name:
+                raise FileFormatError(Problem("bad-file", f"names a file elsewhere: {name!r}", file=str(index)))
+            tensors |= read_tensors(directory / name, allow_bin)
+        return tensors
+    file = next(directory / name for name in _CHECKPOINTS if (directory / name).is_file())
+    return read_tensors(file, allow_bin)
+
+
+def checkpoint(tensors: Mapping[str, torch.Tensor], source: str) -> list[Content]:
+    """The adapters in a full checkpoint, by their manifests.
+
+    Raises: FileFormatError: there are none.
+    """
+    parts = strip(tensors)
+    contents = []
+    for key in sorted(part for part in parts if is_manifest(part)):
+        data = manifest.read(parts[key], source)
+        own: dict[str, torch.Tensor] = {}
+        for address, prefix in _addresses(data).items():
+            for part, value in parts.items():
+                if part.startswith(f"{prefix}."):
+                    own[f"{address}.{part.removeprefix(f'{prefix}.')}"] = value
+        contents.append(native.to_content(data, own, source))
+    if not contents:
+        raise FileFormatError(Problem("no-adapter", "the checkpoint holds no adapter of adapterkit", file=source))
+    return contents
+
+
+def _addresses(data: Mapping[str, Any]) -> dict[str, str]:
+    """address -> what its tensors are called in a state dict."""
+    from adapterkit.inject.state import slug
+
+    addresses = [*data["slots"], "shared", *(f"head.{path}" for path in data["heads"]), *data.get("poolers", ())]
+    return {address: slug(str(data["name"]), address) for address in addresses}
+
+
+def interface_for(source: str | Path, given: Any, revision: str | None, local_files_only: bool) -> Any:
+    """The interface that travels in a file, where none was given and the file's is no shipped one."""
+    if given is not None:
+        return given
+    directory = locate(source, revision, local_files_only)
+    config = directory / native.CONFIG
+    if config.is_file():
+        spec = read_json(config).get("interface")
+        return spec.get("spec") if isinstance(spec, dict) else None
+    if any((directory / name).is_file() for name in (_CHECKPOINTS[0], _INDEX)):
+        parts = strip(_checkpoint_tensors(directory, allow_bin=False))
+        for key in sorted(part for part in parts if is_manifest(part)):
+            return json.loads(bytes(parts[key].numpy().tobytes()))["interface"]["spec"]
+    return None

@@ -1,0 +1,164 @@
+"""Putting units and heads into a model and taking them out again. All or nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from adapterkit.errors import PlanError, Problem
+from adapterkit.inject import entry
+from adapterkit.inject.site import CHILD, Site, check, check_unwrapped, close_site, open_site, site_of
+from adapterkit.inject.state import slug
+from adapterkit.model.blueprint import Blueprint, Head, Slot
+from adapterkit.runtime import Runtime
+
+
+def device_of(host: nn.Module) -> torch.device:
+    """Where the units of a host belong: with its weight, or where accelerate runs it if the weight is offloaded."""
+    tensor = next(host.parameters(recurse=False), None)
+    if tensor is None:
+        tensor = next(host.parameters(), None)
+    if tensor is None:
+        return torch.device("cpu")
+    hook = host.__dict__.get("_hf_hook")
+    if tensor.is_meta and hook is not None:
+        return torch.device(getattr(hook, "execution_device", "cpu") or "cpu")
+    return tensor.device
+
+
+def dtype_of(host: nn.Module, model: nn.Module, policy: str | torch.dtype) -> torch.dtype:
+    """Type of the units of a host: `match` is that of its weight, for quantised weights that of the model."""
+    if isinstance(policy, torch.dtype):
+        return policy
+    if policy != "match":
+        named = getattr(torch, policy, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise PlanError(Problem("bad-dtype", f"{policy!r} is no floating-point type", expected="'match', 'float32', ..."))
+        return named
+    weight = host._parameters.get("weight")
+    if weight is not None and weight.is_floating_point():
+        return weight.dtype
+    own = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(own, torch.get_default_dtype())
+
+
+def copy_head(module: nn.Module) -> nn.Module:
+    """A copy of a head without what adapters put into it."""
+    site = module._modules.pop(CHILD, None)
+    cls = type(module)
+    try:
+        if site is not None:
+            module.__class__ = cls.__dict__["_adapterkit_base"]
+        return copy.deepcopy(module)
+    finally:
+        if site is not None:
+            module.__class__ = cls
+            module._modules[CHILD] = site
+
+
+class Injection:
+    """What one adapter has put into the model: (host path, key) of every module and buffer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.entries: list[tuple[str, str]] = []
+        self.by_address: dict[str, tuple[str, str]] = {}
+
+
+def inject(
+    blueprint: Blueprint,
+    runtime: Runtime,
+    name: str,
+    units: Mapping[Slot, nn.Module],
+    shared: nn.Module | None,
+    heads: Mapping[Head, nn.Module],
+    manifest: torch.Tensor,
+) -> Injection:
+    """Register the modules of one adapter at their hosts.
+
+    Raises: PlanError: a host cannot take them; the model is as before.
+    """
+    done = Injection(name)
+    plan: list[tuple[str, nn.Module, str, nn.Module]] = [
+        (slot.path, slot.module, slot.address, unit) for slot, unit in units.items()
+    ]
+    plan += [(head.path, head.module, head.address, copied) for head, copied in heads.items()]
+    if shared is not None:
+        plan.insert(0, (plan[0][0], plan[0][1], "shared", shared))
+    for path, host, _, _ in plan:
+        check(host, path)
+    opened: list[tuple[str, nn.Module]] = []
+    try:
+        for path, host, address, module in plan:
+            if CHILD not in host._modules:
+                opened.append((path, host))
+            site = open_site(host, path, runtime)
+            key = slug(name, address)
+            if key in site._modules:
+                message = f"{name!r} and {address!r} give a key that is taken: {key!r}"
+                raise PlanError(Problem("name-clash", message, address, "another name"))
+            module.train(host.training)
+            site._modules[key] = module
+            done.entries.append((path, key))
+            done.by_address[address] = (path, key)
+        first = site_of(plan[0][1])
+        assert first is not None
+        first.register_buffer(slug(name, "manifest"), manifest.to(device_of(plan[0][1])))
+    except BaseException:
+        for path, key in done.entries:
+            _site(blueprint.model, path)._modules.pop(key, None)
+        for path, host in opened:
+            close_site(host, path)
+        raise
+    return done
+
+
+def open_entries(blueprint: Blueprint, runtime: Runtime) -> list[str]:
+    """Make the entry of every stack a site. Returns the keys of those sites."""
+    opened = []
+    for address, info in blueprint.stacks.items():
+        place = blueprint.places.get(f"{address}.embeddings.out")
+        if place is None:
+            continue
+        check(place.module, place.path)
+        site = open_site(place.module, place.path, runtime)
+        site._modules.setdefault(entry.KEY, entry.InputGrad(info.layers[0]))
+        opened.append(place.path)
+    return opened
+
+
+def _site(model: nn.Module, path: str) -> Site:
+    site = site_of(model.get_submodule(path))
+    assert site is not None
+    return site
+
+
+def eject(model: nn.Module, injection: Injection) -> None:
+    """Take one adapter out; sites that are empty then are closed.
+
+    Raises: PlanError: another library wrapped a host on top; nothing is changed then.
+    """
+    hosts = {path: model.get_submodule(path) for path, _ in injection.entries}
+    for path, host in hosts.items():
+        check_unwrapped(host, path)
+    for path, key in injection.entries:
+        del _site(model, path)._modules[key]
+    for path, host in hosts.items():
+        site = _site(model, path)
+        site._buffers.pop(slug(injection.name, "manifest"), None)
+        if not site._modules:
+            close_site(host, path)
+
+
+def close_entries(model: nn.Module, paths: Iterable[str]) -> None:
+    """Close the entry sites."""
+    for path in paths:
+        host = model.get_submodule(path)
+        site = site_of(host)
+        if site is not None:
+            site._modules.pop(entry.KEY, None)
+            if not site._modules:
+                close_site(host, path)

@@ -1,0 +1,609 @@
+"""The handle of a model's adapters: plain verbs that call the rooms below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from adapterkit import merging, report
+from adapterkit.adapter import Adapter
+from adapterkit.errors import (
+    CompositionError,
+    ConfigError,
+    NotAttachedError,
+    PlanError,
+    Problem,
+    did_you_mean,
+    listing,
+)
+from adapterkit.files import manifest, native, peft, reader
+from adapterkit.files.content import Content
+from adapterkit.inject import entry
+from adapterkit.inject.injector import (
+    close_entries,
+    copy_head,
+    device_of,
+    dtype_of,
+    eject,
+    inject,
+    open_entries,
+)
+from adapterkit.inject.site import site_of
+from adapterkit.inject.state import NAME, place_tensors
+from adapterkit.liveness import Liveness, examine
+from adapterkit.methods.base import MethodConfig
+from adapterkit.methods.names import parse
+from adapterkit.model.blueprint import Blueprint, Head
+from adapterkit.model.resolve import resolve
+from adapterkit.plan import Draft, Plan, build, choose, describe
+from adapterkit.runtime import Program, Programs, Runtime
+from adapterkit.spec.schema import Interface
+
+ATTRIBUTE = "_adapterkit"
+Method = str | Mapping[str, Any] | MethodConfig
+Head_ = Literal["auto"] | bool
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel or a compiled wrapper."""
+    while ATTRIBUTE not in model.__dict__:
+        inner = model._modules.get("_orig_mod") or (
+            model._modules.get("module") if isinstance(model, _WRAPPERS) else None
+        )
+        if inner is None:
+            return model
+        model = inner
+    return model
+
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class Kit(Mapping[str, Adapter]):
+    """All adapters of one model: a read-only mapping from name to adapter, and the verbs."""
+
+    def __init__(self, model: nn.Module, blueprint: Blueprint) -> None:
+        self.model = model
+        self.blueprint = blueprint
+        self._adapters: dict[str, Adapter] = {}
+        self._runtime = Runtime()
+        self._active: str | None = None
+        self._originals: merging.Originals | None = None
+        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._entries: list[str] = []
+        self._hooks: list[Any] = []
+
+    # -- the mapping
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            hint = did_you_mean(name, self._adapters)
+            raise NotAttachedError(
+                Problem("no-such-adapter", f"there is no adapter {name!r}", "", f"attached: {listing(self._adapters)}", hint)
+            )
+        return self._adapters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    # a handle is itself, whatever its adapters
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    # -- attach, load, plan
+
+    def plan(self, method: Method, *, name: str = "default", strict: bool = True, head: Head_ = "auto") -> Plan:
+        """What attach would do. Nothing is changed."""
+        config = parse(method)
+        selection = choose(self.blueprint, config, strict)
+        with torch.device("meta"):
+            draft = build(config, selection.slots, None)
+        return describe(self.blueprint, config, name, selection, self._heads(head), draft)
+
+    def supports(self, method: Method) -> bool:
+        """Whether the method can be attached to this model completely."""
+        try:
+            self.plan(method)
+        except (PlanError, ConfigError):
+            return False
+        return True
+
+    def attach(
+        self,
+        method: Method,
+        *,
+        name: str = "default",
+        activate: bool = True,
+        trainable: bool = True,
+        strict: bool = True,
+        head: Head_ = "auto",
+        seed: int | None = None,
+        dtype: str | torch.dtype = "match",
+        replace: bool = False,
+    ) -> Kit:
+        """Add an adapter; see `adapterkit.attach`."""
+        config = parse(method)
+        self._check_name(name, replace)
+        selection = choose(self.blueprint, config, strict)
+        heads = self._heads(head)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        draft = build(config, selection.slots, generator)
+        plan = describe(self.blueprint, config, name, selection, heads, draft)
+        self._cast(plan, draft, dtype)
+        copies = {found: copy_head(found.module) for found in heads}
+        return self._install(plan, draft, copies, {}, activate, trainable)
+
+    def load(
+        self,
+        source: str | Path,
+        *,
+        name: str | None = None,
+        activate: bool = True,
+        trainable: bool = False,
+        head: Head_ = "auto",
+        revision: str | None = None,
+        local_files_only: bool = False,
+        allow_bin: bool = False,
+        replace: bool = False,
+    ) -> Kit:
+        """Add the adapters of a file; see `adapterkit.load`."""
+        contents = reader.read(
+            source, self.blueprint, revision=revision, local_files_only=local_files_only, allow_bin=allow_bin
+        )
+        if name is not None and len(contents) != 1:
+            found = listing(content.name for content in contents)
+            raise ConfigError(Problem("several-adapters", f"the file holds {len(contents)} adapters: {found}", "name"))
+        for content in contents:
+            self._check_name(name or content.name, replace)
+        for content in contents:
+            self._load(content, name or content.name, activate, trainable, head)
+        return self
+
+    def _load(self, content: Content, name: str, activate: bool, trainable: bool, head: Head_) -> None:
+        selection = choose(self.blueprint, content.config, strict=False) if content.addresses is None else None
+        slots = selection.slots if selection else native.slots(self.blueprint, content)
+        with torch.device("meta"):
+            draft = build(content.config, slots, None)
+        heads = native.check_heads(self.blueprint, content, head)
+        plan = native.planned(self.blueprint, content, name, slots, heads, draft)
+        native.fill(plan, draft, content)
+        copies = {found: native.filled_head(copy_head(found.module), found, content) for found in heads}
+        poolers = native.filled_poolers(self.blueprint, content, copy_head) if heads else {}
+        self._install(plan, draft, copies, poolers, activate, trainable)
+
+    def _cast(self, plan: Plan, draft: Draft, dtype: str | torch.dtype) -> None:
+        """Units to the device and type of their hosts."""
+        for slot in plan.slots:
+            draft.units[slot.address].to(device_of(slot.module), dtype_of(slot.module, self.model, dtype))
+        if draft.shared is not None:
+            first = plan.slots[0].module
+            draft.shared.to(device_of(first), dtype_of(first, self.model, dtype))
+
+    def _install(
+        self,
+        plan: Plan,
+        draft: Draft,
+        heads: dict[Head, nn.Module],
+        poolers: dict[Head, nn.Module],
+        activate: bool,
+        trainable: bool,
+    ) -> Kit:
+        """Put a complete adapter into the model: all of it or nothing."""
+        self._refuse_merged("attach")
+        if plan.name in self._adapters:
+            self.detach(plan.name)
+        first = not self._adapters
+        units = {slot: draft.units[slot.address] for slot in plan.slots}
+        record = manifest.write(plan, self.blueprint)
+        injection = inject(
+            self.blueprint, self._runtime, plan.name, units, draft.shared, {**heads, **poolers}, record
+        )
+        adapter = Adapter(
+            plan.name,
+            plan,
+            draft.units,
+            draft.shared,
+            {found.address: copied for found, copied in heads.items()},
+            {found.address: copied for found, copied in poolers.items()},
+            injection,
+        )
+        if first:
+            try:
+                self._enter()
+            except BaseException:
+                eject(self.model, injection)
+                raise
+        self._adapters[plan.name] = adapter
+        adapter.require_grad(trainable)
+        for copied in poolers.values():
+            copied.requires_grad_(False)
+        if activate:
+            self.activate(plan.name)
+        report.log(plan)
+        return self
+
+    def _enter(self) -> None:
+        """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
+        self._entries = open_entries(self.blueprint, self._runtime)
+        for path, parameter in self.model.named_parameters():
+            if ".adapterkit." not in path:
+                parameter.requires_grad_(False)
+        self._hooks = [
+            self.model.register_load_state_dict_pre_hook(place_tensors),
+            self.model.register_state_dict_pre_hook(_refuse_merged_state),
+        ]
+        self.model.__dict__[ATTRIBUTE] = self
+
+    def _heads(self, head: Head_) -> tuple[Head, ...]:
+        if head is True and not self.blueprint.heads:
+            raise PlanError(Problem("no-head", f"{type(self.model).__name__} has no task head", "head"))
+        return self.blueprint.heads if head else ()
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not isinstance(name, str) or not NAME.match(name):
+            raise ConfigError(Problem("bad-name", f"{name!r} is no name of an adapter", "name", "letters, digits, '_', '-'"))
+        if name in self._adapters and not replace:
+            message = f"there already is an adapter {name!r}"
+            raise ConfigError(Problem("name-taken", message, "name", "another name, or replace=True"))
+
+    # -- which adapter acts
+
+    @property
+    def active(self) -> str | None:
+        """What acts in this thread."""
+        override = self._runtime.override
+        return self._active if override.programs is None else override.active
+
+    def activate(self, setup: str | None, skip_layers: tuple[int | str, ...] = ()) -> None:
+        """Make an adapter act in all threads, None: none."""
+        self._refuse_merged("activate")
+        programs = self._programs(setup)
+        for module in self.model.modules():
+            site = site_of(module)
+            if site is not None:
+                site.program = programs.get(site.key)
+        self._active = setup
+
+    def _programs(self, setup: str | None) -> Programs:
+        """What each site does under a setup."""
+        if setup is None:
+            return {}
+        if not isinstance(setup, str):
+            kind = type(setup).__name__
+            raise CompositionError(Problem("bad-setup", f"a setup is the name of an adapter or None, not {kind}"))
+        adapter = self[setup]
+        programs: dict[str, Program] = {path: Program(outputs=(entry.KEY,)) for path in self._entries}
+        for address, (path, key) in adapter.injection.by_address.items():
+            if address == "shared":
+                continue
+            old = programs.get(path, Program())
+            if address in adapter.heads or address in adapter.poolers:
+                programs[path] = old._replace(instead=key)
+            elif adapter.units[address].acts_on == "input":
+                programs[path] = old._replace(inputs=(*old.inputs, key))
+            else:
+                programs[path] = old._replace(outputs=(*old.outputs, key))
+        return programs
+
+    @contextmanager
+    def using(self, setup: str | None) -> Iterator[Kit]:
+        """Let another adapter act, in this thread and block only."""
+        self._refuse_merged("using")
+        self._refuse_override()
+        programs = self._programs(setup)
+        override = self._runtime.override
+        before = override.programs, override.active
+        override.programs, override.active = programs, setup
+        try:
+            yield self
+        finally:
+            override.programs, override.active = before
+
+    @contextmanager
+    def disabled(self) -> Iterator[Kit]:
+        """Let no adapter act, in this thread and block only."""
+        with self.using(None):
+            yield self
+
+    def _refuse_override(self) -> None:
+        """An override with gradients is lost where layers run again in backward, or in other threads."""
+        if not (torch.is_grad_enabled() and self.model.training):
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            message = "the model checkpoints its layers; they would run again in backward under another adapter"
+            expected = "kit.activate(...) for training, or torch.no_grad() around the block"
+            raise CompositionError(Problem("override-checkpointed", message, "using", expected))
+
+    # -- training
+
+    def train(self, *names: str) -> Kit:
+        """Let the tensors of these adapters (default: all) be trained."""
+        return self._require_grad(names, True)
+
+    def freeze(self, *names: str) -> Kit:
+        """Let the tensors of these adapters (default: all) not be trained."""
+        return self._require_grad(names, False)
+
+    def _require_grad(self, names: tuple[str, ...], wanted: bool) -> Kit:
+        for adapter in [self[name] for name in names or tuple(self)]:
+            adapter.require_grad(wanted)
+        return self
+
+    def to(self, name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Kit:
+        """Move the tensors of one adapter."""
+        for module in self[name].modules().values():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    # -- merging and leaving
+
+    @property
+    def merged(self) -> str | None:
+        """Name of the adapter that is folded into the weights."""
+        return next((name for name, adapter in self._adapters.items() if adapter.merged), None)
+
+    def merge(self, name: str) -> Kit:
+        """Fold an adapter into the weights; `unmerge` gives the exact bits back.
+
+        Raises: PlanError: it cannot be folded in exactly.
+        """
+        self._refuse_merged("merge")
+        adapter = self[name]
+        merging.check(self.model, adapter)
+        self._originals = merging.fold(adapter)
+        # the heads stay the adapter's own; its units are in the weights now
+        programs = {path: p._replace(inputs=(), outputs=()) for path, p in self._programs(name).items()}
+        for module in self.model.modules():
+            site = site_of(module)
+            if site is not None:
+                program = programs.get(site.key)
+                site.program = program if program and program.instead else None
+        adapter.merged = True
+        return self
+
+    def unmerge(self) -> Kit:
+        """Undo `merge`: the weights get the bits back that they had."""
+        name = self.merged
+        if name is None or self._originals is None:
+            raise PlanError(Problem("not-merged", "no adapter is merged"))
+        merging.restore(self.model, self._originals)
+        self._originals = None
+        self._adapters[name].merged = False
+        self.activate(self._active)
+        return self
+
+    def merge_and_detach(self, name: str) -> nn.Module:
+        """Fold an adapter in for good and remove every trace of the kit: a plain model."""
+        adapter = self[name]
+        if self.merged not in (None, name):
+            self._refuse_merged("merge_and_detach")
+        if not adapter.merged:
+            self.merge(name)
+        with torch.no_grad():
+            for found in (*self.blueprint.heads, *self.blueprint.poolers):
+                copied = {**adapter.heads, **adapter.poolers}.get(found.address)
+                for own, new in zip(found.module.parameters(), copied.parameters() if copied else ()):
+                    own.copy_(new)
+        adapter.merged = False
+        self._originals = None
+        self._remove_all()
+        return self.model
+
+    def detach(self, name: str | None = None) -> nn.Module:
+        """Remove one adapter, or all: the model is as if they had never been attached."""
+        if name is None:
+            if self.merged:
+                self.unmerge()
+            self._remove_all()
+            return self.model
+        adapter = self[name]
+        if adapter.merged:
+            self.unmerge()
+        if len(self._adapters) == 1:
+            self._remove_all()
+            return self.model
+        eject(self.model, adapter.injection)
+        del self._adapters[name]
+        self.activate(None if self._active == name else self._active)
+        return self.model
+
+    def _remove_all(self) -> None:
+        for name in list(self._adapters):
+            eject(self.model, self._adapters[name].injection)
+            del self._adapters[name]
+        close_entries(self.model, self._entries)
+        for hook in self._hooks:
+            hook.remove()
+        self._entries, self._hooks, self._active = [], [], None
+        self.model.__dict__.pop(ATTRIBUTE, None)
+        trained = set(self._trained)
+        for path, parameter in self.model.named_parameters():
+            parameter.requires_grad_(path in trained)
+
+    def _refuse_merged(self, verb: str) -> None:
+        if self.merged:
+            message = f"{self.merged!r} is merged into the weights"
+            raise PlanError(Problem("merged", message, verb, "kit.unmerge() first"))
+
+    # -- files and reports
+
+    def save(
+        self,
+        directory: str | Path,
+        name: str | None = None,
+        *,
+        head: Head_ = "auto",
+        format: Literal["adapterkit", "adapterhub", "peft"] = "adapterkit",
+    ) -> Path:
+        """Write one adapter to a directory. `name` may be left out if there is only one."""
+        adapter = self[self._only(name)]
+        if format == "peft":
+            return peft.write(Path(directory), adapter, self.blueprint, head)
+        if format == "adapterkit":
+            return native.write(Path(directory), adapter, self.blueprint, head)
+        raise ConfigError(Problem("bad-option", f"{format!r} is no format that can be written", "format"))
+
+    def _only(self, name: str | None) -> str:
+        if name is not None:
+            return name
+        if len(self._adapters) == 1:
+            return next(iter(self._adapters))
+        raise ConfigError(Problem("which-adapter", f"there are {len(self)} adapters", "name", listing(self)))
+
+    def verify(self, **inputs: Any) -> Liveness:
+        """Which tensors of the active adapter move no output and get no gradient on these inputs."""
+        name = self.active
+        if name is None:
+            raise NotAttachedError(Problem("not-active", "no adapter is active", "verify"))
+        self._refuse_merged("verify")
+        own = self[name]
+        tensors = {n: p for n, p in own.named_parameters() if p.requires_grad or own.trainable is False}
+        frozen = {id(p) for module in (own.shared, *own.poolers.values()) if module for p in module.parameters()}
+        return examine(self.model, {n: p for n, p in tensors.items() if id(p) not in frozen}, inputs)
+
+    def status(self) -> report.Status:
+        """The state of every adapter, as a dataclass with `to_dict()`."""
+        return report.status(self.model, self.blueprint, self._adapters, self._active, self.merged)
+
+    def summary(self) -> str:
+        """A table of the adapters."""
+        return report.table(self.status())
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        return report.html(self.status())
+
+
+def _refuse_merged_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """State-dict pre-hook: weights with an adapter folded in are not the base model's."""
+    kit = model.__dict__.get(ATTRIBUTE)
+    if kit is not None:
+        kit._refuse_merged("state_dict")
+
+
+def of(model: nn.Module) -> Kit:
+    """The kit of a model, seen through DDP, DataParallel and compiled wrappers.
+
+    Raises: NotAttachedError: nothing is attached.
+    """
+    kit = unwrapped(model).__dict__.get(ATTRIBUTE)
+    if not isinstance(kit, Kit):
+        raise NotAttachedError(Problem("not-attached", f"no adapter is attached to this {type(model).__name__}"))
+    return kit
+
+
+def kit_for(model: nn.Module, interface: Any = None) -> Kit:
+    """The kit of a model, a new one (not yet marked on the model) if it has none."""
+    model = unwrapped(model)
+    kit = model.__dict__.get(ATTRIBUTE)
+    if not isinstance(kit, Kit):
+        return Kit(model, resolve(model, interface))
+    if interface is not None:
+        from adapterkit.spec import registry
+
+        if registry.digest(registry.load(interface)) != registry.digest(kit.blueprint.interface):
+            message = "the model already has adapters under another interface"
+            raise PlanError(Problem("other-interface", message, "interface", kit.blueprint.interface_name))
+    return kit
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    interface: str | Path | dict[str, Any] | Interface | None = None,
+    activate: bool = True,
+    trainable: bool = True,
+    strict: bool = True,
+    head: Head_ = "auto",
+    seed: int | None = None,
+    dtype: str | torch.dtype = "match",
+    replace: bool = False,
+) -> Kit:
+    """Add an adapter to a model: resolve, plan, inject, freeze the base, activate.
+
+    Args:
+        model: any model that an interface describes; its class and its methods stay as they are.
+        method: a name ("lora"), a shorthand ("lora[r=4]"), a config or a dict.
+        name: letters, digits, '_' and '-'.
+        interface: path, model type, dict or Interface; default: by the model's type.
+        activate: let it act at once. trainable: let it be trained.
+        strict: refuse when something asked for is missing; False attaches what exists and lists the rest in `.plan.missing`.
+        head: give the adapter its own copy of the task heads; "auto" does so where there are any.
+        seed: start from the same weights on every device.
+        dtype: "match" the hosts, a name or a torch.dtype.
+        replace: replace an adapter of the same name.
+    Raises: SpecError, ResolveError, ConfigError, PlanError; the model is as before then.
+    """
+    return kit_for(model, interface).attach(
+        method,
+        name=name,
+        activate=activate,
+        trainable=trainable,
+        strict=strict,
+        head=head,
+        seed=seed,
+        dtype=dtype,
+        replace=replace,
+    )
+
+
+def load(
+    model: nn.Module,
+    source: str | Path,
+    *,
+    name: str | None = None,
+    interface: str | Path | dict[str, Any] | Interface | None = None,
+    activate: bool = True,
+    trainable: bool = False,
+    head: Head_ = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    allow_bin: bool = False,
+) -> Kit:
+    """Add the adapters of a directory or hub id: native, AdapterHub or PEFT files, or a full checkpoint.
+
+    Args: as `attach`; revision, local_files_only: for hub ids; allow_bin: read torch files, with `weights_only=True`.
+    Raises: FileFormatError: unknown or missing tensors, other shapes, a newer format, a head that does not fit; the model
+        is as before then.
+    """
+    interface = reader.interface_for(source, interface, revision, local_files_only)
+    return kit_for(model, interface).load(
+        source,
+        name=name,
+        activate=activate,
+        trainable=trainable,
+        head=head,
+        revision=revision,
+        local_files_only=local_files_only,
+        allow_bin=allow_bin,
+    )
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    interface: str | Path | dict[str, Any] | Interface | None = None,
+    strict: bool = True,
+    head: Head_ = "auto",
+) -> Plan:
+    """What attach would do. Nothing is changed; the model may be on the meta device."""
+    return kit_for(model, interface).plan(method, name=name, strict=strict, head=head)
