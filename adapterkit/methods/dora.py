@@ -82,8 +82,11 @@ class _Magnitude(Unit):
         gain = self.m / self.norm(host).to(self.m.dtype)
         own = out if self.rows is None else self.rows.view(out).flatten(-2)  # type: ignore[union-attr]
         bias = None if self.scale_bias else slot_bias(host, self.rows)  # type: ignore[arg-type]
-        # backward needs it after other units have written their rows into `out`
-        plain = own.clone() if bias is None and self.rows is not None else own if bias is None else own - bias
+        if bias is not None:
+            plain = own - bias
+        else:
+            # a copy of the rows: backward needs them after other units have written theirs into `out`
+            plain = own if self.rows is None else own.clone()
         # written as a change of the output, so that g = 1 and D = 0 leave every bit as it is
         return add_rows(out, (gain - 1) * plain + gain * delta, self.rows, self.in_place)  # type: ignore[arg-type]
 
