@@ -31,6 +31,7 @@ from adapterkit.inject.injector import (
     dtype_of,
     eject,
     inject,
+    move,
     open_entries,
 )
 from adapterkit.inject.site import site_of
@@ -74,8 +75,8 @@ class Kit(Mapping[str, Adapter]):
         self._runtime = Runtime()
         self._active: str | None = None
         self._originals: merging.Originals | None = None
-        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        self._entries: list[str] = []
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._entries: dict[str, nn.Module] = {}
         self._hooks: list[Any] = []
 
     # -- the mapping
@@ -186,11 +187,9 @@ class Kit(Mapping[str, Adapter]):
 
     def _cast(self, plan: Plan, draft: Draft, dtype: str | torch.dtype) -> None:
         """Units to the device and type of their hosts."""
-        for slot in plan.slots:
-            draft.units[slot.address].to(device_of(slot.module), dtype_of(slot.module, self.model, dtype))
-        if draft.shared is not None:
-            first = plan.slots[0].module
-            draft.shared.to(device_of(first), dtype_of(first, self.model, dtype))
+        hosts = {slot.address: slot.module for slot in plan.slots} | {"shared": plan.slots[0].module}
+        for address, module in draft.modules().items():
+            move(module, device_of(hosts[address]), dtype_of(hosts[address], self.model, dtype))
 
     def _install(
         self,
@@ -224,7 +223,7 @@ class Kit(Mapping[str, Adapter]):
             try:
                 self._enter()
             except BaseException:
-                eject(self.model, injection)
+                eject(injection)
                 raise
         self._adapters[plan.name] = adapter
         adapter.require_grad(trainable)
@@ -238,9 +237,8 @@ class Kit(Mapping[str, Adapter]):
     def _enter(self) -> None:
         """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
         self._entries = open_entries(self.blueprint, self._runtime)
-        for path, parameter in self.model.named_parameters():
-            if ".adapterkit." not in path:
-                parameter.requires_grad_(False)
+        for parameter in self._trained.values():
+            parameter.requires_grad_(False)
         self._hooks = [
             self.model.register_load_state_dict_pre_hook(place_tensors),
             self.model.register_state_dict_pre_hook(_refuse_merged_state),
@@ -270,12 +268,18 @@ class Kit(Mapping[str, Adapter]):
     def activate(self, setup: str | None, skip_layers: tuple[int | str, ...] = ()) -> None:
         """Make an adapter act in all threads, None: none."""
         self._refuse_merged("activate")
-        programs = self._programs(setup)
-        for module in self.model.modules():
-            site = site_of(module)
-            if site is not None:
-                site.program = programs.get(site.key)
+        self._run(self._programs(setup))
         self._active = setup
+
+    def _run(self, programs: Programs) -> None:
+        """Let every site run its program."""
+        hosts = dict(self._entries)
+        for adapter in self._adapters.values():
+            hosts |= adapter.injection.hosts
+        for path, host in hosts.items():
+            site = site_of(host)
+            if site is not None:
+                site.program = programs.get(path)
 
     def _programs(self, setup: str | None) -> Programs:
         """What each site does under a setup."""
@@ -285,7 +289,7 @@ class Kit(Mapping[str, Adapter]):
             kind = type(setup).__name__
             raise CompositionError(Problem("bad-setup", f"a setup is the name of an adapter or None, not {kind}"))
         adapter = self[setup]
-        programs: dict[str, Program] = {path: Program(outputs=(entry.KEY,)) for path in self._entries}
+        programs: dict[str, Program] = {path: Program(before=entry.KEY) for path in self._entries}
         for address, (path, key) in adapter.injection.by_address.items():
             if address == "shared":
                 continue
@@ -365,12 +369,7 @@ class Kit(Mapping[str, Adapter]):
         merging.check(self.model, adapter)
         self._originals = merging.fold(adapter)
         # the heads stay the adapter's own; its units are in the weights now
-        programs = {path: p._replace(inputs=(), outputs=()) for path, p in self._programs(name).items()}
-        for module in self.model.modules():
-            site = site_of(module)
-            if site is not None:
-                program = programs.get(site.key)
-                site.program = program if program and program.instead else None
+        self._run({path: p for path, p in self._programs(name).items() if p.instead})
         adapter.merged = True
         return self
 
@@ -415,23 +414,23 @@ class Kit(Mapping[str, Adapter]):
         if len(self._adapters) == 1:
             self._remove_all()
             return self.model
-        eject(self.model, adapter.injection)
+        eject(adapter.injection)
         del self._adapters[name]
         self.activate(None if self._active == name else self._active)
         return self.model
 
     def _remove_all(self) -> None:
         for name in list(self._adapters):
-            eject(self.model, self._adapters[name].injection)
+            eject(self._adapters[name].injection)
             del self._adapters[name]
-        close_entries(self.model, self._entries)
+        close_entries(self._entries)
         for hook in self._hooks:
             hook.remove()
-        self._entries, self._hooks, self._active = [], [], None
+        self._entries, self._hooks, self._active = {}, [], None
         self.model.__dict__.pop(ATTRIBUTE, None)
-        trained = set(self._trained)
         for path, parameter in self.model.named_parameters():
-            parameter.requires_grad_(path in trained)
+            # by name: sharding replaces the tensors themselves
+            parameter.requires_grad_(path in self._trained)
 
     def _refuse_merged(self, verb: str) -> None:
         if self.merged:

@@ -113,7 +113,6 @@ def describe(
 ) -> Plan:
     """The plan of units that were built."""
     trained = sum(p.numel() for module in draft.modules().values() for p in module.parameters() if p.requires_grad)
-    own = {id(p): p.numel() for p in blueprint.model.parameters()}
     return Plan(
         name=name,
         config=config,
@@ -123,5 +122,5 @@ def describe(
         missing=selection.missing,
         parameters=trained,
         head_parameters=sum(p.numel() for head in heads for p in head.module.parameters()),
-        base_parameters=sum(own.values()),
+        base_parameters=blueprint.parameters,
     )

@@ -11,24 +11,27 @@ KEY = "input_grad"
 
 
 class InputGrad(nn.Module):
-    """Let the stream require a gradient when layers are checkpointed the reentrant way.
+    """Let the stream require a gradient where it enters layers that are checkpointed the reentrant way.
 
     Reentrant checkpointing runs a layer without autograd unless one of its inputs requires a gradient. With a frozen base
-    none does, and the adapters of the layer would silently never train.
+    none does, and the adapters of the layer would silently never train. The first layer is the place, not the
+    embeddings: a model that is given `inputs_embeds` never calls those.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layers: tuple[nn.Module, ...]) -> None:
         super().__init__()
-        # in a tuple, so that the layer is not registered a second time
-        self.layer = (layer,)
+        # a tuple, so that the layers are not registered a second time
+        self.layers = layers
 
-    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
-        layer = self.layer[0]
-        if not (layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()):
-            return out
-        run = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(run, "keywords", {}).get("use_reentrant") is False:
-            return out
-        if isinstance(out, torch.Tensor) and not out.requires_grad:
-            out.requires_grad_(True)
-        return out
+    def forward(self, x: Any) -> Any:
+        if torch.is_grad_enabled() and isinstance(x, torch.Tensor) and not x.requires_grad:
+            if any(map(_checkpoints_reentrantly, self.layers)):
+                return x.detach().requires_grad_(True)
+        return x
+
+
+def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    run = getattr(layer, "_gradient_checkpointing_func", None)
+    return getattr(run, "keywords", {}).get("use_reentrant") is not False

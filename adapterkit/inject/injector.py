@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -45,6 +45,12 @@ def dtype_of(host: nn.Module, model: nn.Module, policy: str | torch.dtype) -> to
     return next(own, torch.get_default_dtype())
 
 
+def move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Like `module.to`, but at once if there is nothing to do: an attach moves many small modules."""
+    if any(t.device != device or t.dtype != dtype for t in (*module.parameters(), *module.buffers())):
+        module.to(device, dtype)
+
+
 def copy_head(module: nn.Module) -> nn.Module:
     """A copy of a head without what adapters put into it."""
     site = module._modules.pop(CHILD, None)
@@ -60,10 +66,11 @@ def copy_head(module: nn.Module) -> nn.Module:
 
 
 class Injection:
-    """What one adapter has put into the model: (host path, key) of every module and buffer."""
+    """What one adapter has put into the model: (host path, key) of every module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.hosts: dict[str, nn.Module] = {}
         self.entries: list[tuple[str, str]] = []
         self.by_address: dict[str, tuple[str, str]] = {}
 
@@ -102,6 +109,7 @@ def inject(
                 raise PlanError(Problem("name-clash", message, address, "another name"))
             module.train(host.training)
             site._modules[key] = module
+            done.hosts[path] = host
             done.entries.append((path, key))
             done.by_address[address] = (path, key)
         first = site_of(plan[0][1])
@@ -109,54 +117,54 @@ def inject(
         first.register_buffer(slug(name, "manifest"), manifest.to(device_of(plan[0][1])))
     except BaseException:
         for path, key in done.entries:
-            _site(blueprint.model, path)._modules.pop(key, None)
+            _site(done.hosts[path])._modules.pop(key, None)
         for path, host in opened:
             close_site(host, path)
         raise
     return done
 
 
-def open_entries(blueprint: Blueprint, runtime: Runtime) -> list[str]:
-    """Make the entry of every stack a site. Returns the keys of those sites."""
-    opened = []
+def open_entries(blueprint: Blueprint, runtime: Runtime) -> dict[str, nn.Module]:
+    """Make the first layer of every stack a site, if it can be checkpointed. Returns those layers by path.
+
+    Raises: PlanError: another library has replaced the forward of one; the model is as before.
+    """
+    opened = {}
     for address, info in blueprint.stacks.items():
-        place = blueprint.places.get(f"{address}.embeddings.out")
-        if place is None:
-            continue
-        check(place.module, place.path)
-        site = open_site(place.module, place.path, runtime)
-        site._modules.setdefault(entry.KEY, entry.InputGrad(info.layers[0]))
-        opened.append(place.path)
-    return opened
+        if hasattr(info.layers[0], "gradient_checkpointing"):
+            opened[blueprint.places[f"{address}.0.layer"].path] = info.layers
+    for path, (first, *_) in opened.items():
+        check(first, path)
+    for path, layers in opened.items():
+        open_site(layers[0], path, runtime)._modules[entry.KEY] = entry.InputGrad(layers)
+    return {path: layers[0] for path, layers in opened.items()}
 
 
-def _site(model: nn.Module, path: str) -> Site:
-    site = site_of(model.get_submodule(path))
+def _site(host: nn.Module) -> Site:
+    site = site_of(host)
     assert site is not None
     return site
 
 
-def eject(model: nn.Module, injection: Injection) -> None:
+def eject(injection: Injection) -> None:
     """Take one adapter out; sites that are empty then are closed.
 
     Raises: PlanError: another library wrapped a host on top; nothing is changed then.
     """
-    hosts = {path: model.get_submodule(path) for path, _ in injection.entries}
-    for path, host in hosts.items():
+    for path, host in injection.hosts.items():
         check_unwrapped(host, path)
     for path, key in injection.entries:
-        del _site(model, path)._modules[key]
-    for path, host in hosts.items():
-        site = _site(model, path)
+        del _site(injection.hosts[path])._modules[key]
+    for path, host in injection.hosts.items():
+        site = _site(host)
         site._buffers.pop(slug(injection.name, "manifest"), None)
         if not site._modules:
             close_site(host, path)
 
 
-def close_entries(model: nn.Module, paths: Iterable[str]) -> None:
+def close_entries(hosts: Mapping[str, nn.Module]) -> None:
     """Close the entry sites."""
-    for path in paths:
-        host = model.get_submodule(path)
+    for path, host in hosts.items():
         site = site_of(host)
         if site is not None:
             site._modules.pop(entry.KEY, None)

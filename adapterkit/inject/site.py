@@ -45,6 +45,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         if program.instead is not None:
             return units[program.instead](*args, **kwargs)
         if not args:  # called by keyword
+            if not (program.inputs or program.outputs):
+                return original(self, **kwargs)
             return forward(self, kwargs.pop(next(iter(kwargs))), **kwargs)
         x = args[0]
         for key in program.inputs:
@@ -55,6 +57,20 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         return out
 
     return forward
+
+
+def _call(base: type[nn.Module]) -> Callable[..., Any]:
+    original = base.__call__
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        site = self.adapterkit
+        override = site.runtime.override.programs
+        program = site.program if override is None else override.get(site.key)
+        if program is not None and program.before is not None and args:
+            args = (site._modules[program.before](args[0]), *args[1:])
+        return original(self, *args, **kwargs)
+
+    return __call__
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -73,8 +89,11 @@ def adapted(base: type[nn.Module]) -> type[nn.Module]:
         "_adapterkit_base": base,
         "forward": _forward(base),
         # the class itself cannot be found by name when unpickling
-        "__reduce_ex__": lambda self, protocol: (_rebuild, (base,), self.__dict__),
+        "__reduce_ex__": lambda self, protocol: (_rebuild, (base,), self.__getstate__()),
     }
+    if hasattr(base, "gradient_checkpointing"):
+        # such a layer decides within its call (some versions: in `__call__`) what is run again in backward
+        namespace["__call__"] = _call(base)
     return type(base.__name__, (base,), namespace)
 
 

@@ -78,6 +78,8 @@ class Blueprint:
     stacks: Mapping[str, StackInfo]
     heads: tuple[Head, ...]
     poolers: tuple[Head, ...]
+    parameters: int
+    """Numbers of the model itself; tied ones count once."""
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Slot]:

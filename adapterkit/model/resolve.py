@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -44,7 +44,8 @@ class _Draft:
 
     slots: dict[str, Slot] = field(default_factory=dict)
     places: dict[str, Slot] = field(default_factory=dict)
-    problems: dict[tuple[Loc, str], Problem] = field(default_factory=dict)
+    problems: dict[tuple[Loc, str], Callable[[], Problem]] = field(default_factory=dict)
+    """Made only when they are shown: an alternative that does not fit is no error, and finding hints takes time."""
     presence: dict[tuple[Loc, str], set[bool]] = field(default_factory=dict)
     kernels: dict[str, Any] = field(default_factory=dict)
     eager: dict[str, str | None] = field(default_factory=dict)
@@ -92,8 +93,11 @@ class _Scope:
         return True
 
     def note(self, draft: _Draft, loc: Loc, code: str, message: str, expected: str = "", hint: str = "") -> None:
+        self.note_lazily(draft, loc, code, lambda: (message, expected, hint))
+
+    def note_lazily(self, draft: _Draft, loc: Loc, code: str, facts: Callable[[], tuple[str, str, str]]) -> None:
         # the same fact on every layer is one problem
-        draft.problems.setdefault((loc, code), self.problem(loc, code, message, expected, hint))
+        draft.problems.setdefault((loc, code), lambda: self.problem(loc, code, *facts()))
 
 
 def _base_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -159,7 +163,7 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
     unsupported: dict[str, str] = {}
     _resolve_scope(_Scope(spec, inner, path, "", True), draft, stacks, claimed, through, poolers, named_heads, unsupported)
     if draft.problems:
-        raise ResolveError(draft.problems.values())
+        raise ResolveError(make() for make in draft.problems.values())
     heads = find_heads(model, claimed, through, [(f.path, f.module) for f in named_heads])
     return Blueprint(
         interface=spec,
@@ -170,13 +174,14 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
         stacks=stacks,
         heads=heads,
         poolers=tuple(poolers),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         unsupported=unsupported,
     )
 
 
 def hasattr_config(model: nn.Module) -> bool:
     """Whether a transformers model is somewhere at or in `model`."""
-    return any(hasattr(getattr(module, "config", None), "model_type") for module in model.modules())
+    return any(hasattr(module.__dict__.get("config"), "model_type") for module in model.modules())
 
 
 def _resolve_scope(
@@ -527,10 +532,15 @@ def _find(
         scope.note(draft, loc, "ambiguous", f"more than one alternative exists: {names}", "exactly one")
         return None
     if not found and said.optional is None:
-        fact, expected, hint = missing(root, str(options[0].path))
-        tried = f"none of {listing(repr(o.path) for o in options)} exists; " if len(options) > 1 else ""
-        scope.note(draft, loc, "path-not-found", tried + fact, expected, hint)
+        scope.note_lazily(draft, loc, "path-not-found", lambda: _not_found(root, options))
     return found[0] if found else None
+
+
+def _not_found(root: nn.Module, options: Sequence[Path]) -> tuple[str, str, str]:
+    """(fact, expected, hint) about a path that does not exist."""
+    fact, expected, hint = missing(root, str(options[0].path))
+    tried = f"none of {listing(repr(o.path) for o in options)} exists; " if len(options) > 1 else ""
+    return tried + fact, expected, hint
 
 
 def _place(

@@ -1,0 +1,1 @@
+"""Ratios of adapterkit to PEFT and to the bare model, measured side by side in one run."""
