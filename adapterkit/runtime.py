@@ -14,6 +14,8 @@ class Program(NamedTuple):
     outputs: tuple[str, ...] = ()
     instead: str | None = None
     """Key of a module that is called in place of the host: a head of the adapter's own."""
+    before: str | None = None
+    """Key of a unit that sees the first argument before the host is called at all, outside of what is checkpointed."""
 
 
 Programs = Mapping[str, Program]
