@@ -77,6 +77,6 @@ class SlotConfig(MethodConfig):
         """The unit for one slot, in float32 on the CPU; reads the host's weight at most."""
 
 
-def per_role(value: Any, role: str, default: Any = None) -> Any:
-    """An option that is one value or one for each role."""
-    return value.get(role, default) if isinstance(value, Mapping) else value
+def per_slot(value: Any, slot: Slot, default: Any = None) -> Any:
+    """An option that is one value, or one for each role or address; the address goes first."""
+    return value.get(slot.address, value.get(slot.role, default)) if isinstance(value, Mapping) else value

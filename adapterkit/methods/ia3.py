@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from adapterkit.methods.base import Shared, SlotConfig, Targets, Unit
+from adapterkit.errors import ConfigError, Problem
+from adapterkit.methods.base import Shared, SlotConfig, Targets, Unit, per_slot
 from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
@@ -23,15 +25,25 @@ class IA3Config(SlotConfig):
     alpha: float = Field(1.0, description="constant factor beside the learned ones")
     sides: dict[str, Literal["input", "output"]] = Field(
         default_factory=dict,
-        description="what is scaled at a role, where it is not the paper's choice: the input of down, else the output",
+        description="what is scaled at a role or address, where it is not the paper's choice: the input of down, else the output",
     )
     gating: bool = Field(False, description="a learned gate in place of alpha; not in the paper")
 
-    def side(self, role: str) -> Literal["input", "output"]:
-        return self.sides.get(role, "input" if role == "down" else "output")
+    def side(self, slot: Slot) -> Literal["input", "output"]:
+        found: Literal["input", "output"] = per_slot(self.sides, slot, "input" if slot.role == "down" else "output")
+        return found
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        problems = []
+        for slot in slots:
+            if slot.rows is not None and self.side(slot) == "input":
+                message = f"{slot.role} shares the input of {slot.path} with other roles"
+                problems.append(Problem("shared-input", message, slot.address, "the side 'output', or the target 'fused'"))
+        if problems:
+            raise ConfigError(problems)
 
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
-        kind = ScaleInput if self.side(slot.role) == "input" else ScaleOutput
+        kind = ScaleInput if self.side(slot) == "input" else ScaleOutput
         return kind(slot, self, generator)
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from adapterkit.errors import ConfigError, Problem
-from adapterkit.methods.base import Shared, SlotConfig, Unit, per_role
+from adapterkit.methods.base import Shared, SlotConfig, Unit, per_slot
 from adapterkit.methods.weights import is_plain, readable
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
@@ -40,33 +40,34 @@ class LoRAConfig(SlotConfig):
 
     method: ClassVar[str] = "lora"
 
-    r: int | dict[str, int] = Field(8, description="rank R, one or for each role")
-    alpha: float | dict[str, float] | None = Field(None, description="scale: alpha / R; None: alpha = R")
+    r: int | dict[str, int] = Field(8, description="rank R, one or for each role or address")
+    alpha: float | dict[str, float] | None = Field(None, description="scale: alpha / R, as r; None: alpha = R")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A, in training")
     rslora: bool = Field(False, description="scale alpha / sqrt(R) (Kalajdzievski 2023, arXiv:2312.03732)")
     init: Literal["lora", "gaussian", "pissa", "olora"] = Field("lora", description="how A and B start")
     gating: bool = Field(False, description="scale by a learned gate in place of alpha / R (UniPELT, arXiv:2110.07577)")
 
-    def rank(self, role: str) -> int:
-        return int(per_role(self.r, role, 8))
+    def rank(self, slot: Slot) -> int:
+        return int(per_slot(self.r, slot, 8))
 
-    def scaling(self, role: str) -> float:
-        rank = self.rank(role)
-        alpha = per_role(self.alpha, role, None)
+    def scaling(self, slot: Slot) -> float:
+        rank = self.rank(slot)
+        alpha = per_slot(self.alpha, slot, None)
         return (rank if alpha is None else float(alpha)) / (math.sqrt(rank) if self.rslora else rank)
 
     def check(self, slots: Sequence[Slot]) -> None:
         problems = []
         roles = {slot.role for slot in slots}
+        known = roles | {slot.address for slot in slots}
         for option in ("r", "alpha"):
             value = getattr(self, option)
-            for role in sorted(value.keys() - roles) if isinstance(value, dict) else ():
+            for role in sorted(value.keys() - known) if isinstance(value, dict) else ():
                 message = f"{option} names {role!r}, which is not among the targets"
                 problems.append(Problem("unknown-role", message, option, f"targets: {', '.join(sorted(roles))}"))
         for slot in slots:
             limit = min(slot.shape or (1, 1))
-            if not 1 <= self.rank(slot.role) <= limit:
-                message = f"rank {self.rank(slot.role)} is not between 1 and {limit}, the smaller side of {slot.shape}"
+            if not 1 <= self.rank(slot) <= limit:
+                message = f"rank {self.rank(slot)} is not between 1 and {limit}, the smaller side of {slot.shape}"
                 problems.append(Problem("bad-rank", message, slot.address))
         if problems:
             raise ConfigError(problems)
@@ -88,16 +89,13 @@ class LoRA(Unit):
     def __init__(self, slot: Slot, config: LoRAConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         d_out, d_in = slot.shape or (0, 0)
-        rank = config.rank(slot.role)
-        self.scaling = config.scaling(slot.role)
+        rank = config.rank(slot)
+        self.scaling = config.scaling(slot)
         self.dropout = config.dropout
         self.rows = slot.rows
         self.in_place = is_plain(slot.module)
         self.A = uniform((rank, d_in), d_in, generator)
         self.B = nn.Parameter(torch.zeros(d_out, rank))
-        self.gate = None
-        self.A0: torch.Tensor | None = None
-        self.B0: torch.Tensor | None = None
         if config.init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank, generator=generator)
         elif config.init != "lora":

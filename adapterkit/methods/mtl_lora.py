@@ -43,8 +43,8 @@ class MTLLoRA(Unit):
     def __init__(self, slot: Slot, config: MTLLoRAConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         d_out, d_in = slot.shape or (0, 0)
-        rank = config.rank(slot.role)
-        self.scaling = config.scaling(slot.role)
+        rank = config.rank(slot)
+        self.scaling = config.scaling(slot)
         self.dropout = config.dropout
         self.sharpness = config.sharpness
         self.rows = slot.rows
