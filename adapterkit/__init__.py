@@ -17,7 +17,7 @@ _HOMES = {
     "plan": "adapterkit.kit",
     "Kit": "adapterkit.kit",
     "Adapter": "adapterkit.adapter",
-    "Plan": "adapterkit.plan",
+    "Plan": "adapterkit.planning",
     "Interface": "adapterkit.interface",
     "register": "adapterkit.interface",
     "interfaces": "adapterkit.interface",
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from adapterkit.methods.lora import LoRAConfig
     from adapterkit.methods.mtl_lora import MTLLoRAConfig
     from adapterkit.methods.vera import VeRAConfig
-    from adapterkit.plan import Plan
+    from adapterkit.planning import Plan
 
 
 def __getattr__(name: str) -> Any:
@@ -69,7 +69,6 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
     module = import_module(home)
-    # `plan` is a function here and a module below: the import above has bound the module to the name
     value = module if name == "errors" else getattr(module, name)
     globals()[name] = value
     return value

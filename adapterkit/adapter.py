@@ -10,7 +10,7 @@ from torch import nn
 
 from adapterkit.inject.injector import Injection
 from adapterkit.methods.base import MethodConfig, Unit
-from adapterkit.plan import Plan
+from adapterkit.planning import Plan
 
 
 @dataclass(eq=False)

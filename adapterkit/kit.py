@@ -41,7 +41,8 @@ from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.names import parse
 from adapterkit.model.blueprint import Blueprint, Head
 from adapterkit.model.resolve import resolve
-from adapterkit.plan import Draft, Plan, build, choose, describe
+from adapterkit.model.walk import named_parameters
+from adapterkit.planning import Draft, Plan, build, choose, describe
 from adapterkit.runtime import Program, Programs, Runtime
 from adapterkit.spec.schema import Interface
 
@@ -75,7 +76,7 @@ class Kit(Mapping[str, Adapter]):
         self._runtime = Runtime()
         self._active: str | None = None
         self._originals: merging.Originals | None = None
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trained = {name: p for name, p in named_parameters(model) if p.requires_grad}
         self._entries: dict[str, nn.Module] = {}
         self._hooks: list[Any] = []
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from adapterkit.adapter import Adapter
 from adapterkit.model.blueprint import Blueprint
-from adapterkit.plan import Plan
+from adapterkit.planning import Plan
 from adapterkit.versions import unverified
 
 logger = logging.getLogger("adapterkit")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 __version__ = "0.1.0"
 
 TRANSFORMERS_TESTED = ("5.5.0", "5.23.0")
@@ -12,6 +10,8 @@ TRANSFORMERS_TESTED = ("5.5.0", "5.23.0")
 
 def installed(package: str) -> str | None:
     """Version of a package, None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -11,7 +11,7 @@ import torch
 from adapterkit.errors import FileFormatError, Problem
 from adapterkit.inject.state import from_buffer, to_buffer
 from adapterkit.model.blueprint import Blueprint
-from adapterkit.plan import Plan
+from adapterkit.planning import Plan
 from adapterkit.spec import registry
 
 FORMAT_VERSION = 1

@@ -17,7 +17,7 @@ from adapterkit.files.disk import read_json, read_tensors, to_json, write_direct
 from adapterkit.inject.injector import device_of, dtype_of
 from adapterkit.methods.names import parse
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.plan import Draft, Plan, describe
+from adapterkit.planning import Draft, Plan, describe
 from adapterkit.methods.targets import Selection
 from adapterkit.versions import __version__, installed
 

@@ -43,6 +43,8 @@ class StackInfo:
     """One stack of the model and what the entry of it is told."""
 
     address: str
+    interface: Interface
+    """The interface that describes the stack: that of the model, or of the part it lies in."""
     root: nn.Module
     path: str
     num_layers: int

@@ -13,7 +13,7 @@ from adapterkit.errors import Problem, ResolveError, SpecError, listing
 from adapterkit.model import layouts, linear
 from adapterkit.model.blueprint import Blueprint, Head, Slot, StackInfo
 from adapterkit.model.heads import find_heads
-from adapterkit.model.walk import child, expand, join, missing
+from adapterkit.model.walk import child, expand, join, missing, named_parameters
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Attention, Interface, Layer, Mlp, Path, Stack, Sublayer
 from adapterkit.spec.text import Loc
@@ -174,13 +174,15 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
         stacks=stacks,
         heads=heads,
         poolers=tuple(poolers),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for _, parameter in named_parameters(model)),
         unsupported=unsupported,
     )
 
 
 def hasattr_config(model: nn.Module) -> bool:
     """Whether a transformers model is somewhere at or in `model`."""
+    if hasattr(getattr(model, "config", None), "model_type"):
+        return True
     return any(hasattr(module.__dict__.get("config"), "model_type") for module in model.modules())
 
 
@@ -332,6 +334,7 @@ def _try_stack(scope: _Scope, name: str, stack: Stack, at: Found, config: Any) -
             scope.note(draft, where, "partial", f"'{word}' is optional, but some layers have it and some have not")
     info = StackInfo(
         address=address,
+        interface=scope.interface,
         root=root,
         path=path,
         num_layers=len(layers),

@@ -10,6 +10,22 @@ from torch import nn
 from adapterkit.errors import did_you_mean, listing
 
 
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As `model.named_parameters()`, several times faster: attach walks the whole model."""
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}{name}", parameter
+        stack += [(f"{path}{name}.", found) for name, found in module._modules.items() if found is not None]
+
+
 def child(module: nn.Module, path: str) -> nn.Module | None:
     """The module at `path` below `module`; None if it is missing or set to None."""
     if path == ".":

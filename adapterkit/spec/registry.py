@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from adapterkit.spec.text import Document, parse, read
 
 SEARCH_PATH = "ADAPTERKIT_INTERFACES"
 ENTRY_POINTS = "adapterkit.interfaces"
+SUFFIXES = (".yaml", ".yml")
 
 
 def shipped_directory() -> Path:
@@ -41,41 +42,87 @@ class _Registry:
     types: dict[str, str] = field(default_factory=dict)
     loaded: dict[str, Interface] = field(default_factory=dict)
 
-    def add(self, path: Path, *, shipped: bool) -> Entry:
-        entry = Entry(path.stem, path, shipped)
+    def add(self, entry: Entry) -> None:
+        declared = read(entry.path).data.get("model_type")
         self.entries[entry.name] = entry
         self.loaded.clear()
-        declared = read(path).data.get("model_type") or []
-        for model_type in [declared] if isinstance(declared, str) else declared:
-            self.types[str(model_type)] = entry.name
-        return entry
+        for model_type in declared if isinstance(declared, list) else [declared]:
+            if isinstance(model_type, str):
+                self.types[model_type] = entry.name
+
+
+def known_files() -> Iterator[Entry]:
+    """Shipped files, then those of entry points, then those of the search path: later ones win.
+
+    Raises: SpecError: an entry point or the search path names what is not there.
+    """
+    for path in files_in(shipped_directory()):
+        yield Entry(path.stem, path, shipped=True)
+    for source, path in (*_from_entry_points(), *_from_search_path()):
+        if not path.exists():
+            raise SpecError(Problem("unreadable", f"{source} names a path that does not exist", file=str(path)))
+        for found in files_in(path):
+            yield Entry(found.stem, found, shipped=False)
+
+
+def files_in(path: Path) -> list[Path]:
+    """The interface files of a directory, not of those below; a file is itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(found for found in path.iterdir() if found.suffix in SUFFIXES and found.is_file())
+
+
+def _from_entry_points() -> Iterator[tuple[str, Path]]:
+    from importlib.metadata import entry_points  # slow to import, and not always needed
+
+    for point in entry_points(group=ENTRY_POINTS):
+        source = f"entry point {point.name!r} ({point.value})"
+        try:
+            found = point.load()
+            path = Path(found() if callable(found) else found)
+        except Exception as error:  # code of others may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise SpecError(Problem("bad-entry-point", f"{source} fails: {reason}")) from error
+        yield source, path
+
+
+def _from_search_path() -> Iterator[tuple[str, Path]]:
+    for folder in filter(None, os.environ.get(SEARCH_PATH, "").split(os.pathsep)):
+        yield SEARCH_PATH, Path(folder)
 
 
 @cache
 def _registry() -> _Registry:
-    """Shipped files, then entry points, then the search path: later ones win."""
     registry = _Registry()
-    for path in sorted(shipped_directory().glob("*.yaml")):
-        registry.add(path, shipped=True)
-    for point in entry_points(group=ENTRY_POINTS):
-        found = point.load()
-        for path in _files(Path(found() if callable(found) else found)):
-            registry.add(path, shipped=False)
-    for folder in filter(None, os.environ.get(SEARCH_PATH, "").split(os.pathsep)):
-        for path in _files(Path(folder)):
-            registry.add(path, shipped=False)
+    for entry in known_files():
+        registry.add(entry)
     return registry
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise SpecError(Problem("unreadable", f"{SEARCH_PATH} or an entry point names a missing path", file=str(path)))
-    return sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+def _find(name: str, asking: str) -> Document:
+    """The file that `like` names: first beside the file that asks, then among the known interfaces."""
+    if Path(name).name == name:
+        for suffix in SUFFIXES:
+            sibling = Path(asking).parent / f"{name}{suffix}"
+            if sibling.is_file():
+                return read(sibling)
+    return read(_entry(name).path)
 
 
-def _document(name: str) -> Document | None:
-    entry = _registry().entries.get(name)
-    return read(entry.path) if entry else None
+def _entry(name: str) -> Entry:
+    """What is known by this name or model type."""
+    registry = _registry()
+    key = name if name in registry.entries else registry.types.get(name)
+    if key is None:
+        raise SpecError(
+            Problem(
+                "unknown-interface",
+                f"there is no interface for {name!r}",
+                expected="one of `adapterkit list`, or a file of your own: interface='my.yaml'",
+                hint=did_you_mean(name, (*registry.entries, *registry.types)),
+            )
+        )
+    return registry.entries[key]
 
 
 def register(path: str | Path) -> str:
@@ -85,7 +132,9 @@ def register(path: str | Path) -> str:
     """
     path = Path(path)
     load(path)
-    return _registry().add(path, shipped=False).name
+    entry = Entry(path.stem, path, shipped=False)
+    _registry().add(entry)
+    return entry.name
 
 
 def interfaces() -> tuple[str, ...]:
@@ -101,23 +150,12 @@ def model_types() -> dict[str, str]:
 def by_name(name: str) -> Interface:
     """The interface of this name or model type.
 
-    Raises: SpecError: there is none.
+    Raises: SpecError: there is none, or its file has problems.
     """
-    registry = _registry()
-    key = name if name in registry.entries else registry.types.get(name)
-    if key is None:
-        known = (*registry.entries, *registry.types)
-        raise SpecError(
-            Problem(
-                "unknown-interface",
-                f"there is no interface for {name!r}",
-                expected="one of `adapterkit list`, or a file of your own: interface='my.yaml'",
-                hint=did_you_mean(name, known),
-            )
-        )
-    if key not in registry.loaded:
-        registry.loaded[key] = load(registry.entries[key].path)
-    return registry.loaded[key]
+    entry, loaded = _entry(name), _registry().loaded
+    if entry.name not in loaded:
+        loaded[entry.name] = load(entry.path)
+    return loaded[entry.name]
 
 
 def name_of(interface: Interface) -> str | None:
@@ -141,22 +179,31 @@ def load(source: str | Path | dict[str, Any] | Interface) -> Interface:
     if isinstance(source, Interface):
         return source
     if isinstance(source, dict):
-        return build(parse(json.dumps(source), "<dict>"), _document)
+        return load_text(_as_text(source), "<dict>")
     path = Path(source)
-    if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not path.is_file():
+    if isinstance(source, str) and path.suffix not in SUFFIXES and not _is_file(path):
         return by_name(source)
-    return build(read(path), lambda name: _beside(path, name), path.stem)
+    return build(read(path), _find)
 
 
 def load_text(content: bytes | str, file: str) -> Interface:
-    """An interface from the text of a file."""
-    return build(parse(content, file), _document)
+    """An interface from the text of a file, which messages call `file`."""
+    return build(parse(content, file), _find)
 
 
-def _beside(path: Path, name: str) -> Document | None:
-    """`like` first looks beside the file, then among the known interfaces."""
-    sibling = path.parent / f"{name}.yaml"
-    return read(sibling) if Path(name).name == name and sibling.is_file() else _document(name)
+def _as_text(data: dict[str, Any]) -> str:
+    try:
+        return json.dumps(data, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        message = f"the dict is no interface: {error}"
+        raise SpecError(Problem("wrong-type", message, expected="text, numbers, lists and maps only")) from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than any name
+        return False
 
 
 def dump(interface: Interface) -> dict[str, Any]:
@@ -167,8 +214,10 @@ def dump(interface: Interface) -> dict[str, Any]:
 
 def digest(interface: Interface) -> str:
     """Hash of what the interface says, whatever file it came from."""
-    text = json.dumps(dump(interface), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    if interface._digest is None:
+        text = json.dumps(dump(interface), sort_keys=True)
+        interface._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return interface._digest
 
 
 def is_shipped(name: str) -> bool:

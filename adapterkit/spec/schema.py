@@ -51,12 +51,17 @@ def _sequence(value: Any) -> Any:
 
 FromList = BeforeValidator(_sequence)
 Strings = Annotated[tuple[str, ...], BeforeValidator(_sequence, json_schema_input_type=list[str])]
+OneOrMore = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda v: (v,) if isinstance(v, str) else _sequence(v), json_schema_input_type=str | list[str]),
+]
 
 
 class Model(BaseModel):
     """Base of all parts of an interface: immutable, unknown words refused, no silent conversion."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # only the whole is ever validated, so that the parts need no validators of their own
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class Path(Model):
@@ -134,7 +139,9 @@ class Kernel(Model):
     """The method that computes attention from q, k and v, where it is not the shared attention function."""
 
     method: str = Field(description="method of the core module")
-    args: Strings = Field(description="what its positional arguments are, of: q, k, v, mask, _")
+    args: Annotated[tuple[Literal["q", "k", "v", "mask", "_"], ...], FromList] = Field(
+        min_length=1, description="what its positional arguments are; '_' is anything else"
+    )
 
 
 class Sizes(Model):
@@ -273,7 +280,7 @@ class Kinds(Model):
     """Layers of different kinds in one stack."""
 
     by: str = Field(description="config field: a list with the kind of each layer")
-    of: dict[str, Layer] = Field(description="kind: what its layers have on top of the stack's own words")
+    of: dict[str, Layer] = Field(min_length=1, description="kind: what its layers have on top of the stack's own words")
 
 
 class Layers(Model):
@@ -287,6 +294,8 @@ class Layers(Model):
     def _one_of(self) -> Self:
         if (self.path is None) == (self.any_of is None):
             raise refuse("one-of", "layers are named by either 'path' or 'any_of'")
+        if self.any_of is not None and len(self.any_of) < 2:
+            raise refuse("one-of", "'any_of' needs at least two alternatives")
         for name in self.names():
             if not _GLOB.match(name):
                 raise refuse("bad-path", f"{name!r} is not the path of a list of layers")
@@ -362,7 +371,7 @@ class Interface(Model):
     """One model family, described for every adapter method."""
 
     adapterkit: Literal[1] = Field(description="version of the language")
-    model_type: Strings | None = Field(None, description="`config.model_type` of the models described")
+    model_type: OneOrMore | None = Field(None, description="`config.model_type` of the models described: one or a list")
     source: str | None = Field(None, description="file in transformers that was read to write this one")
     like: str | None = Field(None, description="an interface that this one copies, changes on top")
     only: Strings | None = Field(None, description="stacks of `like` that are kept")
@@ -373,17 +382,11 @@ class Interface(Model):
     adapterhub: AdapterHub | None = None
     peft: Peft | None = None
     _document: Document | None = PrivateAttr(None)
+    _digest: str | None = PrivateAttr(None)
 
     def mark(self, loc: Loc) -> Mark | None:
         """Where `loc` stands in the file that this interface was read from."""
         return self._document.mark(loc) if self._document else None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_type(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("model_type"), str):
-            return {**data, "model_type": [data["model_type"]]}
-        return data
 
     @model_validator(mode="after")
     def _some(self) -> Self:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,16 @@ class Mark:
 
 @dataclass(frozen=True)
 class Document:
-    """Data of one YAML file. `marks` holds the place of each value, `keys` the place of each key."""
+    """Data of one YAML file. `marks` holds the place of each value, `keys` the place of each key.
+
+    `problems` are those that leave the rest readable, so that all of a file can be reported at once.
+    """
 
     data: dict[str, Any]
     marks: dict[Loc, Mark]
     keys: dict[Loc, Mark]
+    file: str = ""
+    problems: tuple[Problem, ...] = ()
 
     def mark(self, loc: Loc, *, key: bool = False) -> Mark | None:
         """Place of `loc`, or of its nearest parent that stands in the file."""
@@ -130,15 +136,15 @@ class _Builder:
             if key == "<<":
                 self.refuse(mark, "alias", "merge key '<<' is not allowed", "every value written out; see 'like'")
             self.keys.setdefault((*loc, key), mark)
-            value = self.build(events, next(events), (*loc, key))
+            value = self.build(events, next(events), (*loc, "?" if key in found else key))
             found.setdefault(key, value)
         return found
 
 
 def parse(content: bytes | str, file: str) -> Document:
-    """Parse one YAML document.
+    """Parse one YAML document. Duplicate keys, aliases and tags are listed in `problems` of the result.
 
-    Raises: SpecError with every problem: not UTF-8, too large, no YAML, duplicate keys, aliases, tags, not a map.
+    Raises: SpecError: what cannot be read at all: not UTF-8, too large, no YAML, not a map.
     """
     if len(content) > MAX_BYTES:
         raise SpecError(_whole("too-large", f"{len(content)} bytes; an interface has at most {MAX_BYTES}", file))
@@ -167,12 +173,11 @@ def parse(content: bytes | str, file: str) -> Document:
         raise SpecError(_whole("not-yaml", " ".join(str(error).split())[:200], file)) from None
     except RecursionError:
         raise SpecError(_whole("too-deep", f"nested more than {MAX_DEPTH} deep", file)) from None
-    if builder.problems:
-        raise SpecError(builder.problems)
     if not isinstance(data, dict):
         kind = "empty" if data is None else "not-a-map"
-        raise SpecError(_whole(kind, "the file holds no map", file, "an interface, beginning with 'adapterkit: 1'"))
-    return Document(data, builder.marks, builder.keys)
+        whole = _whole(kind, "the file holds no map", file, "an interface, beginning with 'adapterkit: 1'")
+        raise SpecError([*builder.problems, whole])
+    return Document(data, builder.marks, builder.keys, file, tuple(builder.problems))
 
 
 def _whole(code: str, message: str, file: str, expected: str = "") -> Problem:
@@ -189,4 +194,10 @@ def read(path: Path, shown: str | None = None) -> Document:
         content = path.read_bytes()
     except OSError as error:
         raise SpecError(Problem("unreadable", f"cannot be read: {error.strerror}", file=name)) from None
-    return parse(content, name)
+    except ValueError:  # a name that no file system takes
+        raise SpecError(Problem("unreadable", f"{name!r} is not the name of a file")) from None
+    return _parse_once(content, name)
+
+
+_parse_once = lru_cache(maxsize=256)(parse)
+"""Many interfaces copy a few: these are parsed once. Keyed by content, so that it is never stale."""

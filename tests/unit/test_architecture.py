@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 600
 
 ROOMS = (
-    "errors versions | spec | interface | model | methods | plan | runtime | inject | adapter | liveness merging | files"
+    "errors versions | spec | interface | model | methods | planning | runtime | inject | adapter | liveness merging | files"
     " | report | kit | author | demo | cli | __init__ __main__"
 )
 """From the ground up: a room imports rooms that stand before it; rooms within one pair of bars know nothing of each other."""
@@ -64,10 +64,10 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_a_wrong_import_is_found() -> None:
-    assert wrong_ways("methods", "from adapterkit.plan import Plan") != []
+    assert wrong_ways("methods", "from adapterkit.planning import Plan") != []
     assert wrong_ways("merging", "from adapterkit import liveness") != []
     assert wrong_ways("spec", "def f():\n    import adapterkit.model.resolve") != []
-    assert wrong_ways("plan", "from adapterkit.methods.base import Unit\nfrom adapterkit.errors import Problem") == []
+    assert wrong_ways("planning", "from adapterkit.methods.base import Unit\nfrom adapterkit.errors import Problem") == []
 
 
 @pytest.mark.parametrize("room", ["errors", "versions", "spec", "methods"])
@@ -182,6 +182,12 @@ def test_public_names_are_what_is_typed() -> None:
     typed = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.asname or alias.name for node in ast.walk(typed) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert {*seen, "__version__"} == set(adapterkit.__all__) == {*adapterkit._HOMES, "__version__"}
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing a submodule binds its name in the package, so that a public name of the same spelling would change."""
+    modules = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES}
+    assert modules & set(adapterkit.__all__) == {"errors"}
 
 
 def test_unknown_names_are_refused() -> None:

@@ -1,0 +1,5 @@
+"""Directories written by AdapterHub's `adapters`: either their numbers are reproduced, or the file is refused."""
+
+from adapterkit.files.adapterhub.reader import read, recognises
+
+__all__ = ["read", "recognises"]
