@@ -96,6 +96,9 @@ class LoRA(Unit):
         self.in_place = is_plain(slot.module)
         self.A = uniform((rank, d_in), d_in, generator)
         self.B = nn.Parameter(torch.zeros(d_out, rank))
+        self.gate = None
+        self.A0: torch.Tensor | None = None
+        self.B0: torch.Tensor | None = None
         if config.init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank, generator=generator)
         elif config.init != "lora":
