@@ -41,7 +41,9 @@ def _check_version(document: Document) -> None:
     version = document.data.get("adapterkit")
     if isinstance(version, int) and not isinstance(version, bool) and version > LANGUAGE_VERSION:
         mark = document.mark(("adapterkit",))
-        message = f"written in version {version} of the language; this adapterkit reads version {LANGUAGE_VERSION}"
+        message = (
+            f"written in version {version} of the language; this adapterkit reads version {LANGUAGE_VERSION}"
+        )
         raise SpecError(
             Problem(
                 "newer-language",

@@ -22,7 +22,7 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def shipped_directory() -> Path:
-    """Directory of the interfaces that come with adapterkit: inside the package, or beside it in a checkout."""
+    """Directory of the interfaces that come with adapterkit: in the package, or beside it in a checkout."""
     inside = Path(__file__).parent.parent / "interfaces"
     return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "interfaces"
 
@@ -60,7 +60,9 @@ def known_files() -> Iterator[Entry]:
         yield Entry(path.stem, path, shipped=True)
     for source, path in (*_from_entry_points(), *_from_search_path()):
         if not path.exists():
-            raise SpecError(Problem("unreadable", f"{source} names a path that does not exist", file=str(path)))
+            raise SpecError(
+                Problem("unreadable", f"{source} names a path that does not exist", file=str(path))
+            )
         for found in files_in(path):
             yield Entry(found.stem, found, shipped=False)
 
@@ -143,7 +145,7 @@ def interfaces() -> tuple[str, ...]:
 
 
 def model_types() -> dict[str, str]:
-    """model type -> name of its interface."""
+    """Model type -> name of its interface."""
     return dict(sorted(_registry().types.items()))
 
 
@@ -196,7 +198,9 @@ def _as_text(data: dict[str, Any]) -> str:
         return json.dumps(data, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         message = f"the dict is no interface: {error}"
-        raise SpecError(Problem("wrong-type", message, expected="text, numbers, lists and maps only")) from None
+        raise SpecError(
+            Problem("wrong-type", message, expected="text, numbers, lists and maps only")
+        ) from None
 
 
 def _is_file(path: Path) -> bool:

@@ -1,15 +1,23 @@
-"""The interface language as pydantic models. Descriptions here are the language reference and the JSON Schema."""
+"""The interface language as pydantic models; their descriptions are the language reference."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from adapterkit.spec.text import Document, Loc, Mark
-from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, RESERVED
+from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, RESERVED, SUBLAYERS
 
 Scalar = bool | int | float | str
 When = Annotated[
@@ -39,7 +47,9 @@ def _extra_name(word: str) -> str:
     return _name(word)
 
 
-Name = Annotated[str, StringConstraints(strict=True), BeforeValidator(lambda w: _name(w) if isinstance(w, str) else w)]
+Name = Annotated[
+    str, StringConstraints(strict=True), BeforeValidator(lambda w: _name(w) if isinstance(w, str) else w)
+]
 ExtraName = Annotated[str, BeforeValidator(lambda w: _extra_name(w) if isinstance(w, str) else w)]
 Reason = Annotated[str, Field(min_length=3, description="a sentence for people")]
 
@@ -53,7 +63,9 @@ FromList = BeforeValidator(_sequence)
 Strings = Annotated[tuple[str, ...], BeforeValidator(_sequence, json_schema_input_type=list[str])]
 OneOrMore = Annotated[
     tuple[str, ...],
-    BeforeValidator(lambda v: (v,) if isinstance(v, str) else _sequence(v), json_schema_input_type=str | list[str]),
+    BeforeValidator(
+        lambda v: (v,) if isinstance(v, str) else _sequence(v), json_schema_input_type=str | list[str]
+    ),
 ]
 
 
@@ -73,9 +85,12 @@ class Path(Model):
     )
     when: When | None = None
     optional: Reason | None = Field(
-        None, description="why the module may be missing, where no config field decides; on all layers or on none"
+        None,
+        description="why the module may be missing, where no config field decides; on all layers or on none",
     )
-    batch: Batch | None = Field(None, description="axis of the batch in what this module is called with (default first)")
+    batch: Batch | None = Field(
+        None, description="axis of the batch in what this module is called with (default first)"
+    )
     was: Strings = Field((), description="paths of this module in files made elsewhere or by older versions")
 
     @model_validator(mode="after")
@@ -83,7 +98,10 @@ class Path(Model):
         if (self.path is None) == (self.any_of is None):
             raise refuse("one-of", "a module is named by either 'path' or 'any_of'")
         if self.path is not None and not _PATH.match(self.path):
-            raise refuse("bad-path", f"{self.path!r} is not a module path: names joined by '.', without code or patterns")
+            raise refuse(
+                "bad-path",
+                f"{self.path!r} is not a module path: names joined by '.', without code or patterns",
+            )
         if self.any_of is not None and len(self.any_of) < 2:
             raise refuse("one-of", "'any_of' needs at least two alternatives")
         return self
@@ -100,7 +118,9 @@ def _path(value: Any) -> Any:
 
 
 PathField = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str | Path)]
-Extras = Annotated[dict[ExtraName, PathField], Field(description="further modules that may be adapted, by name")]
+Extras = Annotated[
+    dict[ExtraName, PathField], Field(description="further modules that may be adapted, by name")
+]
 
 
 Path.model_rebuild()
@@ -111,16 +131,20 @@ class Norm(Model):
     """Where the norms of a sublayer stand, seen from its branch and its residual add."""
 
     before: PathField | None = Field(None, description="normalises the input of the branch (pre-norm)")
-    after: PathField | None = Field(None, description="normalises the branch before the residual add (sandwich norm)")
-    after_residual: PathField | None = Field(None, description="normalises the sum of branch and residual (post-norm)")
+    after: PathField | None = Field(
+        None, description="normalises the branch before the residual add (sandwich norm)"
+    )
+    after_residual: PathField | None = Field(
+        None, description="normalises the sum of branch and residual (post-norm)"
+    )
 
 
 class Fused(Model):
     """One matrix that holds several roles, and how its rows lie."""
 
-    path: PathField
+    path: PathField = Field(description="the module that holds the matrix")
     layout: Literal["blocks", "per_head", "per_group"] = Field(
-        description="blocks: all rows of one role, then the next; per_head: the roles alternate head by head; "
+        description="blocks: all rows of one role, then the next; per_head: roles alternate head by head; "
         "per_group: for each key/value head its query heads, then its key, then its value"
     )
     order: Strings = Field(description="roles in the order of their rows")
@@ -128,9 +152,15 @@ class Fused(Model):
     @model_validator(mode="after")
     def _order(self) -> Self:
         known = (*ATTENTION_ROLES[:3], *MLP_ROLES[:2])
-        if len(set(self.order)) != len(self.order) or len(self.order) < 2 or not set(self.order) <= set(known):
+        if (
+            len(set(self.order)) != len(self.order)
+            or len(self.order) < 2
+            or not set(self.order) <= set(known)
+        ):
             raise refuse("bad-order", f"'order' lists two or more different roles of {', '.join(known)}")
-        if set(self.order) & set(MLP_ROLES) and (set(self.order) & set(ATTENTION_ROLES) or self.layout != "blocks"):
+        if set(self.order) & set(MLP_ROLES) and (
+            set(self.order) & set(ATTENTION_ROLES) or self.layout != "blocks"
+        ):
             raise refuse("bad-order", "gate and up lie in blocks and do not mix with q, k, v")
         return self
 
@@ -159,11 +189,17 @@ class Sublayer(Model):
         None, description="whole alternatives; exactly one resolves completely"
     )
     when: When | None = None
-    optional: Reason | None = Field(None, description="why the sublayer may be missing, on all layers or on none")
+    optional: Reason | None = Field(
+        None, description="why the sublayer may be missing, on all layers or on none"
+    )
     norm: Norm | None = None
     fused: Fused | None = None
-    out: PathField | None = Field(None, description="module whose (first) output is the branch, where it is not o or down")
-    tail: PathField | None = Field(None, description="last module before the residual add: dropout, drop path")
+    out: PathField | None = Field(
+        None, description="module whose (first) output is the branch, where it is not o or down"
+    )
+    tail: PathField | None = Field(
+        None, description="last module before the residual add: dropout, drop path"
+    )
     own_adapter: PathField | None = Field(
         None, description="module of the model's own between the residual add and what follows"
     )
@@ -183,7 +219,9 @@ class Attention(Sublayer):
 
     core: PathField | None = Field(None, description="module that computes attention from q, k and v")
     kernel: Kernel | None = None
-    eager: str | None = Field(None, description="name of the eager attention function in the source, if not the usual")
+    eager: str | None = Field(
+        None, description="name of the eager attention function in the source, if not the usual"
+    )
     q: PathField | None = Field(None, description="projection of the queries")
     k: PathField | None = Field(None, description="projection of the keys")
     v: PathField | None = Field(None, description="projection of the values")
@@ -195,10 +233,14 @@ class Attention(Sublayer):
         if self.any_of is not None:
             return self
         if self.core is None:
-            raise refuse("missing-word", "an attention block needs 'core', the module that computes attention")
+            raise refuse(
+                "missing-word", "an attention block needs 'core', the module that computes attention"
+            )
         _no_overlap(self.fused, {role: getattr(self, role) for role in ATTENTION_ROLES})
         if self.out is None and self.o is None:
-            raise refuse("missing-word", "an attention block needs 'o' (or 'out', where it has no output projection)")
+            raise refuse(
+                "missing-word", "an attention block needs 'o' (or 'out', where it has no output projection)"
+            )
         return self
 
 
@@ -216,7 +258,9 @@ class Mlp(Sublayer):
             return self
         _no_overlap(self.fused, {role: getattr(self, role) for role in MLP_ROLES})
         if self.out is None and self.down is None:
-            raise refuse("missing-word", "an MLP needs 'down' (or 'out', where its last matrix is not one module)")
+            raise refuse(
+                "missing-word", "an MLP needs 'down' (or 'out', where its last matrix is not one module)"
+            )
         return self
 
 
@@ -230,18 +274,26 @@ class Embeddings(Model):
     """Where the stream begins."""
 
     table: PathField | None = Field(None, description="module called with ids")
-    out: PathField | None = Field(None, description="last module before the stream enters the stack; its width counts")
+    out: PathField | None = Field(
+        None, description="last module before the stream enters the stack; its width counts"
+    )
 
 
 class Inputs(Model):
     """Names of the arguments of the entry."""
 
-    ids: str | None = "input_ids"
-    embeds: str | None = "inputs_embeds"
-    mask: str | None = "attention_mask"
-    positions: str | None = "position_ids"
+    ids: str | None = Field("input_ids", description="argument of token ids; null: there is none")
+    embeds: str | None = Field(
+        "inputs_embeds", description="argument of embedded tokens; null: there is none"
+    )
+    mask: str | None = Field(
+        "attention_mask", description="argument of the attention mask; null: there is none"
+    )
+    positions: str | None = Field("position_ids", description="argument of positions; null: there is none")
     aligned: Strings = Field((), description="further arguments with one value per token")
-    batch: dict[str, Batch] = Field(default_factory=dict, description="axis of the batch, where it is not the first")
+    batch: dict[str, Batch] = Field(
+        default_factory=dict, description="axis of the batch, where it is not the first"
+    )
 
 
 class Reads(Model):
@@ -249,18 +301,23 @@ class Reads(Model):
 
     stack: str = Field(description="a stack of this file; for a part, another part")
     states: str = Field("encoder_hidden_states", description="argument of the entry that holds the states")
-    mask: str | None = Field("encoder_attention_mask", description="argument of the entry that holds their mask")
+    mask: str | None = Field(
+        "encoder_attention_mask", description="argument of the entry that holds their mask"
+    )
 
 
 class Unembed(Model):
     """The way from the last states to the vocabulary. Paths start at the model itself, not at its base."""
 
-    path: PathField | None = Field(None, description="the output embeddings, where the model does not tell them")
+    path: PathField | None = Field(
+        None, description="the output embeddings, where the model does not tell them"
+    )
     through: Paths = Field((), description="modules with weights between the last states and `path`")
 
 
 UnembedField = Annotated[
-    Unembed, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v, json_schema_input_type=str | Unembed)
+    Unembed,
+    BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v, json_schema_input_type=str | Unembed),
 ]
 
 
@@ -270,24 +327,32 @@ class Layer(Model):
     block: Literal["sequential", "parallel"] | None = Field(
         None, description="parallel: attention and MLP read the same input and are added together"
     )
-    shared_norm: PathField | None = Field(None, description="the one norm before both branches of a parallel block")
-    attention: Attention | None = None
-    cross_attention: Attention | None = None
-    mlp: Mlp | None = None
+    shared_norm: PathField | None = Field(
+        None, description="the one norm before both branches of a parallel block"
+    )
+    attention: Attention | None = Field(None, description=SUBLAYERS["attention"])
+    cross_attention: Attention | None = Field(None, description=SUBLAYERS["cross_attention"])
+    mlp: Mlp | None = Field(None, description=SUBLAYERS["mlp"])
 
 
 class Kinds(Model):
     """Layers of different kinds in one stack."""
 
     by: str = Field(description="config field: a list with the kind of each layer")
-    of: dict[str, Layer] = Field(min_length=1, description="kind: what its layers have on top of the stack's own words")
+    of: dict[str, Layer] = Field(
+        min_length=1, description="kind: what its layers have on top of the stack's own words"
+    )
 
 
 class Layers(Model):
     """Where the layers of a stack lie: the path of a list, or a pattern with '*' over nested lists."""
 
-    path: str | None = Field(None, description="path of the list of layers, or a pattern with '*' over nested lists")
-    any_of: Annotated[tuple[str, ...] | None, FromList] = Field(None, description="alternatives; exactly one must exist")
+    path: str | None = Field(
+        None, description="path of the list of layers, or a pattern with '*' over nested lists"
+    )
+    any_of: Annotated[tuple[str, ...] | None, FromList] = Field(
+        None, description="alternatives; exactly one must exist"
+    )
     was: Strings = Field((), description="paths of the list in files made elsewhere or by older versions")
 
     @model_validator(mode="after")
@@ -312,21 +377,31 @@ LayersField = Annotated[Layers, BeforeValidator(_path, json_schema_input_type=st
 class Stack(Layer):
     """A column of layers with one residual stream."""
 
-    at: PathField | None = Field(None, description="root of the stack below the base model (default: the base model)")
-    config: str | None = Field(None, description="sub-config of this stack; a tower that stands alone uses its own config")
-    like: str | None = Field(None, description="another stack of this file that this one copies, changes on top")
+    at: PathField | None = Field(
+        None, description="root of the stack below the base model (default: the base model)"
+    )
+    config: str | None = Field(
+        None, description="sub-config of this stack; a tower that stands alone uses its own config"
+    )
+    like: str | None = Field(
+        None, description="another stack of this file that this one copies, changes on top"
+    )
     present_in: Strings | None = Field(None, description="classes that have this stack, where not all do")
     when: When | None = None
     batch: Batch | None = Field(None, description="axis of the batch in the stream (default first)")
     embeddings: Embeddings | None = None
     entry: PathField | None = Field(None, description="module whose call runs the stack (default: its root)")
-    exit: PathField | None = Field(None, description="last module before pooling (default: final_norm, else last layer)")
+    exit: PathField | None = Field(
+        None, description="last module before pooling (default: final_norm, else last layer)"
+    )
     inputs: Inputs = Field(default_factory=Inputs)
     reads: Reads | None = None
-    layers: LayersField
+    layers: LayersField = Field(description="the list of layers, below the stack's root")
     kinds: Kinds | None = None
-    final_norm: PathField | None = None
-    pooler: PathField | None = Field(None, description="pooling with weights inside the base: frozen, saved with heads")
+    final_norm: PathField | None = Field(None, description="norm after the last layer")
+    pooler: PathField | None = Field(
+        None, description="pooling with weights inside the base: frozen, saved with heads"
+    )
     unembed: UnembedField | None = None
     extra: Extras = Field(default_factory=dict)
 
@@ -342,7 +417,7 @@ class Stack(Layer):
 class Part(Model):
     """A model inside the model, described by the interface of its own model type."""
 
-    at: PathField
+    at: PathField = Field(description="the module of the part, below the base model")
     config: str = Field(description="sub-config of the part; its model type chooses the interface")
     reads: Reads | None = Field(None, description="the other part whose states this one attends to")
     by_default: bool = Field(True, description="false: roles reach this part only when it is addressed")
@@ -351,8 +426,12 @@ class Part(Model):
 class AdapterHub(Model):
     """How files of AdapterHub's `adapters` name and number what this interface names."""
 
-    prefix: Strings = Field((), description="prefixes of the base model in keys saved from classes with a head")
-    numbering: Literal["continuous", "separate"] = Field("continuous", description="layers over several stacks")
+    prefix: Strings = Field(
+        (), description="prefixes of the base model in keys saved from classes with a head"
+    )
+    numbering: Literal["continuous", "separate"] = Field(
+        "continuous", description="layers over several stacks"
+    )
     intermediate: str = Field("mlp.up", description="slot that their `intermediate` means")
     output: str = Field("mlp.down", description="slot that their `output` means")
     fused_rows: Literal["roles", "blocks"] = Field(
@@ -364,21 +443,27 @@ class AdapterHub(Model):
 class Peft(Model):
     """How files of PEFT name what this interface names: by the module paths of the spec and their `was`."""
 
-    keys: Literal["module_paths"] = "module_paths"
+    keys: Literal["module_paths"] = Field("module_paths", description="what their keys are made of")
 
 
 class Interface(Model):
     """One model family, described for every adapter method."""
 
     adapterkit: Literal[1] = Field(description="version of the language")
-    model_type: OneOrMore | None = Field(None, description="`config.model_type` of the models described: one or a list")
+    model_type: OneOrMore | None = Field(
+        None, description="`config.model_type` of the models described: one or a list"
+    )
     source: str | None = Field(None, description="file in transformers that was read to write this one")
     like: str | None = Field(None, description="an interface that this one copies, changes on top")
     only: Strings | None = Field(None, description="stacks of `like` that are kept")
-    stacks: dict[Name, Stack] = Field(default_factory=dict)
-    parts: dict[Name, Part] = Field(default_factory=dict)
-    heads: Paths = Field((), description="task heads below the model itself, where a stack's root is the model")
-    unsupported: dict[str, Reason] = Field(default_factory=dict, description="method: why this family cannot have it")
+    stacks: dict[Name, Stack] = Field(default_factory=dict, description="columns of layers, by name")
+    parts: dict[Name, Part] = Field(default_factory=dict, description="models inside the model, by name")
+    heads: Paths = Field(
+        (), description="task heads below the model itself, where a stack's root is the model"
+    )
+    unsupported: dict[str, Reason] = Field(
+        default_factory=dict, description="method: why this family cannot have it"
+    )
     adapterhub: AdapterHub | None = None
     peft: Peft | None = None
     _document: Document | None = PrivateAttr(None)
@@ -394,8 +479,13 @@ class Interface(Model):
             raise refuse("missing-word", "an interface needs 'stacks' or 'parts'")
         for name, stack in self.stacks.items():
             if stack.reads and stack.reads.stack not in self.stacks:
-                raise refuse("unknown-stack", f"stacks.{name}.reads names {stack.reads.stack!r}, which is no stack here")
+                raise refuse(
+                    "unknown-stack",
+                    f"stacks.{name}.reads names {stack.reads.stack!r}, which is no stack here",
+                )
         for name, part in self.parts.items():
             if part.reads and part.reads.stack not in self.parts:
-                raise refuse("unknown-stack", f"parts.{name}.reads names {part.reads.stack!r}, which is no part here")
+                raise refuse(
+                    "unknown-stack", f"parts.{name}.reads names {part.reads.stack!r}, which is no part here"
+                )
         return self

@@ -1,6 +1,6 @@
-"""YAML text -> plain data plus the place of every value. No anchors, aliases, tags or merge keys: a spec is words.
+"""YAML text -> plain data plus the place of every value. No anchors, aliases, tags, merge keys.
 
-Built from parser events, so that an alias bomb or an unknown tag is refused before anything is expanded or made.
+Built from parser events, so that alias bombs and unknown tags are refused before anything is expanded or made.
 """
 
 from __future__ import annotations
@@ -100,12 +100,24 @@ class _Builder:
             self.refuse(mark, "too-deep", f"nested more than {MAX_DEPTH} deep")
             raise SpecError(self.problems)
         if isinstance(event, yaml.AliasEvent):
-            self.refuse(mark, "alias", f"alias '*{event.anchor}' is not allowed", "every value written out; see 'like'")
+            self.refuse(
+                mark,
+                "alias",
+                f"alias '*{event.anchor}' is not allowed",
+                "every value written out; see 'like'",
+            )
             return None
         if event.anchor:
-            self.refuse(mark, "alias", f"anchor '&{event.anchor}' is not allowed", "every value written out; see 'like'")
+            self.refuse(
+                mark,
+                "alias",
+                f"anchor '&{event.anchor}' is not allowed",
+                "every value written out; see 'like'",
+            )
         if event.tag and event.tag != "!":
-            self.refuse(mark, "tag", f"tag {event.tag!r} is not allowed", "plain words, numbers, lists and maps")
+            self.refuse(
+                mark, "tag", f"tag {event.tag!r} is not allowed", "plain words, numbers, lists and maps"
+            )
         if isinstance(event, yaml.ScalarEvent):
             return _scalar(event.value, bool(event.implicit[0]))
         if isinstance(event, yaml.SequenceStartEvent):
@@ -134,7 +146,9 @@ class _Builder:
                 first = self.keys[(*loc, key)]
                 self.refuse(mark, "duplicate-key", f"{key!r} stands twice; first in line {first.line}")
             if key == "<<":
-                self.refuse(mark, "alias", "merge key '<<' is not allowed", "every value written out; see 'like'")
+                self.refuse(
+                    mark, "alias", "merge key '<<' is not allowed", "every value written out; see 'like'"
+                )
             self.keys.setdefault((*loc, key), mark)
             value = self.build(events, next(events), (*loc, "?" if key in found else key))
             found.setdefault(key, value)
@@ -147,21 +161,29 @@ def parse(content: bytes | str, file: str) -> Document:
     Raises: SpecError: what cannot be read at all: not UTF-8, too large, no YAML, not a map.
     """
     if len(content) > MAX_BYTES:
-        raise SpecError(_whole("too-large", f"{len(content)} bytes; an interface has at most {MAX_BYTES}", file))
+        raise SpecError(
+            _whole("too-large", f"{len(content)} bytes; an interface has at most {MAX_BYTES}", file)
+        )
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     except UnicodeDecodeError as error:
-        raise SpecError(_whole("not-utf8", f"not UTF-8 text: byte {error.start} cannot be read", file)) from None
+        raise SpecError(
+            _whole("not-utf8", f"not UTF-8 text: byte {error.start} cannot be read", file)
+        ) from None
     builder = _Builder(file)
     try:
         events = iter(yaml.parse(text, Loader=_Loader))
         next(events)  # the stream starts
         if isinstance(event := next(events), yaml.StreamEndEvent):
-            raise SpecError(_whole("empty", "the file is empty", file, "an interface, beginning with 'adapterkit: 1'"))
+            raise SpecError(
+                _whole("empty", "the file is empty", file, "an interface, beginning with 'adapterkit: 1'")
+            )
         data = builder.build(events, next(events), ())
         next(events)  # the document ends
         if not isinstance(event := next(events), yaml.StreamEndEvent):
-            builder.refuse(builder.place(event), "two-documents", "a second document begins here", "one per file")
+            builder.refuse(
+                builder.place(event), "two-documents", "a second document begins here", "one per file"
+            )
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(str(part) for part in (error.context, error.problem) if part)

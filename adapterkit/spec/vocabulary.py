@@ -25,4 +25,6 @@ ATTENTION_ROLES = ("q", "k", "v", "o")
 MLP_ROLES = ("gate", "up", "down")
 
 # Names that `extra` may not take, because addresses already use them.
-RESERVED = frozenset((*SUBLAYERS, *ROLES, "layer", "embeddings", "unembed", "head", "norm", "tail", "out", "core"))
+RESERVED = frozenset(
+    (*SUBLAYERS, *ROLES, "layer", "embeddings", "unembed", "head", "norm", "tail", "out", "core")
+)

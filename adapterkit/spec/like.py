@@ -1,0 +1,175 @@
+"""`like`: one interface, or one stack, as a copy of another with changes on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.errors import Problem, SpecError, did_you_mean, listing
+from adapterkit.spec.text import Document, Loc, Mark
+
+Find = Callable[[str, str], Document]
+"""Name of an interface and the file that names it -> the document of that name. Raises SpecError."""
+
+_OWN = ("model_type", "source", "like", "only")
+"""Words that say which interface this is; they are not copied."""
+
+
+def expand(document: Document, find: Find) -> tuple[Document, list[Problem]]:
+    """The document with everything that it copies written out, and what is wrong with its `like`s."""
+    problems: list[Problem] = []
+    whole = _copy_siblings(_follow(document, find, (document,), problems), problems)
+    return whole, problems
+
+
+def _place(document: Document, loc: Loc) -> dict[str, Any]:
+    mark = document.mark(loc)
+    return {"file": mark.file, "line": mark.line, "column": mark.column} if mark else {}
+
+
+def _problem(
+    document: Document, loc: Loc, code: str, message: str, expected: str = "", hint: str = ""
+) -> Problem:
+    return Problem(code, message, ".".join(map(str, loc)), expected, hint, **_place(document, loc))
+
+
+def _follow(document: Document, find: Find, chain: tuple[Document, ...], problems: list[Problem]) -> Document:
+    """Put the interface that `like` names under this one, to any depth."""
+    problems += document.problems
+    name = document.data.get("like")
+    if not isinstance(name, str):
+        return document  # absent, or of a wrong type, which the schema says
+    try:
+        parent = find(name, document.file)
+    except SpecError as error:
+        place = _place(document, ("like",))
+        problems += [
+            found if found.file else replace(found, address="like", **place) for found in error.problems
+        ]
+        return document
+    if any(parent.file == seen.file for seen in chain):
+        names = [Path(seen.file).stem for seen in (*chain, parent)]
+        circle = " -> ".join(names[names.index(names[-1]) :])
+        problems.append(_problem(document, ("like",), "like-cycle", f"'like' goes in a circle: {circle}"))
+        return document
+    parent = _follow(parent, find, (*chain, parent), problems)
+    kept = {key: value for key, value in parent.data.items() if key not in _OWN}
+    only, stacks = document.data.get("only"), kept.get("stacks")
+    if isinstance(only, list) and isinstance(stacks, dict):
+        # a stack that is kept may copy one that is not
+        parent = _copy_siblings(parent, problems)
+        stacks = parent.data["stacks"]
+        for i, stack in enumerate(only):
+            if isinstance(stack, str) and stack not in stacks:
+                message = f"'only' names {stack!r}, which is no stack of {name!r}"
+                hint = did_you_mean(stack, stacks)
+                expected = f"stacks there: {listing(stacks)}"
+                problems.append(_problem(document, ("only", i), "unknown-stack", message, expected, hint))
+        kept["stacks"] = {stack: value for stack, value in stacks.items() if stack in only}
+    return _merge(replace(parent, data=kept), document)
+
+
+def _copy_siblings(document: Document, problems: list[Problem]) -> Document:
+    """Stacks with `like: sibling` take the sibling's words under their own."""
+    stacks = document.data.get("stacks")
+    if not isinstance(stacks, dict):
+        return document
+    for name in stacks:
+        chain = _chain(document, name, problems)
+        for low, high in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
+            document = _copy_stack(document, low, high)
+    return document
+
+
+def _chain(document: Document, name: str, problems: list[Problem]) -> list[str]:
+    """The stack, the sibling it copies, the one that this one copies, and so on."""
+    stacks = document.data["stacks"]
+    chain = [name]
+    while isinstance(stack := stacks[chain[-1]], dict) and isinstance(sibling := stack.get("like"), str):
+        loc = ("stacks", chain[-1], "like")
+        if sibling in chain:
+            circle = " -> ".join([*chain[chain.index(sibling) :], sibling])
+            problems.append(_problem(document, loc, "like-cycle", f"'like' goes in a circle: {circle}"))
+            return chain[:1]
+        if sibling not in stacks:
+            message, hint = f"there is no stack {sibling!r} in this file", did_you_mean(sibling, stacks)
+            problems.append(
+                _problem(document, loc, "unknown-stack", message, f"stacks: {listing(stacks)}", hint)
+            )
+            return chain
+        chain.append(sibling)
+    return chain
+
+
+def _copy_stack(document: Document, low: str, high: str) -> Document:
+    """The document with stack `low` written out under the words of stack `high`, whose `like` is done."""
+    stacks, here = document.data["stacks"], ("stacks", high)
+    if not isinstance(stacks[low], dict):
+        return document
+    own = {key: value for key, value in stacks[high].items() if key != "like"}
+    base = _only(document, ("stacks", low), stacks[low], here)
+    joined = _merge(base, _only(document, here, own, here))
+    data = {**document.data, "stacks": {**stacks, high: joined.data["stacks"][high]}}
+    return replace(document, data=data, marks=document.marks | joined.marks, keys=document.keys | joined.keys)
+
+
+def _only(document: Document, loc: Loc, value: Any, new: Loc) -> Document:
+    """A document that holds `value`, which stands at `loc`, alone; moved to `new`."""
+    data: Any = value
+    for part in reversed(new):
+        data = {part: data}
+    size = len(loc)
+
+    def moved(table: dict[Loc, Mark]) -> dict[Loc, Mark]:
+        return {(*new, *at[size:]): mark for at, mark in table.items() if at[:size] == loc}
+
+    return Document(data, moved(document.marks), moved(document.keys), document.file)
+
+
+def _merge(base: Document, over: Document) -> Document:
+    """`over` on top of `base`: maps merge; lists, alternatives and values are replaced; null removes."""
+    marks: dict[Loc, Mark] = {}
+    keys: dict[Loc, Mark] = {}
+
+    def place(source: Document, loc: Loc) -> None:
+        for table, target in ((source.marks, marks), (source.keys, keys)):
+            if loc in table:
+                target[loc] = table[loc]
+
+    def take(source: Document, loc: Loc, value: Any) -> Any:
+        """Copy a whole value together with its places."""
+        place(source, loc)
+        for key, item in _items(value):
+            take(source, (*loc, key), item)
+        return value
+
+    def join(low: dict[str, Any], high: dict[str, Any], loc: Loc) -> dict[str, Any]:
+        place(over, loc)
+        result = {}
+        for key in (*low, *(key for key in high if key not in low)):
+            here = (*loc, key)
+            if key not in high:
+                result[key] = take(base, here, low[key])
+            elif high[key] is None and low.get(key) is not None:
+                continue
+            elif _mergeable(low.get(key), high[key]):
+                result[key] = join(low[key], high[key], here)
+            else:
+                result[key] = take(over, here, high[key])
+        return result
+
+    return Document(join(base.data, over.data, ()), marks, keys, over.file)
+
+
+def _items(value: Any) -> Iterable[tuple[str | int, Any]]:
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+
+
+def _mergeable(low: Any, high: Any) -> bool:
+    return (
+        isinstance(low, dict)
+        and isinstance(high, dict)
+        and not {"any_of", "path"} & (low.keys() | high.keys())
+    )
