@@ -1,0 +1,131 @@
+"""Configs of the LoRA family in AdapterHub's words, and in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
+from adapterkit.methods.base import MethodConfig
+from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
+from adapterkit.methods.ia3 import IA3Config
+from adapterkit.methods.lora import LoRAConfig
+from adapterkit.methods.mtl_lora import MTLLoRAConfig
+from adapterkit.methods.vera import VeRAConfig
+
+Kind = Literal["lora", "ia3", "vera", "dora", "dvora", "mtl_lora"]
+_KNOWN = ("lora", "mtl_lora")
+
+
+class LoRAFile(BaseModel):
+    """`config` of an adapter_config.json. Fields and defaults are those of adapters 1.3.0, adapter_config.py."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: Literal["lora", "mtl_lora"]
+    selfattn_lora: bool = True
+    intermediate_lora: bool = False
+    output_lora: bool = False
+    leave_out: tuple[int, ...] = ()
+    r: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    attn_matrices: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "v")
+    composition_mode: Literal["add", "scale"] = "add"
+    init_weights: str = ""
+    init_weights_seed: int | None = None
+    use_gating: bool = False
+    use_dora: bool = False
+    vera_d: float | None = None
+    vera_b: float | None = None
+    dtype: str | None = None
+    n_up_projection: int = 1
+    weights_sharpness: float = 0.05
+    task_specific_matrix_type: str = "singular_values"
+
+    @property
+    def kind(self) -> Kind:
+        """Our name of the method, by the order of their own tests (adapters 1.3.0, methods/lora.py, add_adapter)."""
+        if self.composition_mode == "scale":
+            return "ia3"
+        if self.architecture == "mtl_lora":
+            return "mtl_lora"
+        if self.vera_d is not None or self.vera_b is not None:
+            return "dvora" if self.use_dora else "vera"
+        return "dora" if self.use_dora else "lora"
+
+    def refusals(self) -> Iterator[Problem]:
+        """Combinations of options that we have no method for; most of them do not run in `adapters` either."""
+        told = "{} together with {} is not supported"
+        if self.use_gating and self.kind not in ("lora", "ia3"):
+            yield Problem("unsupported-option", told.format("use_gating", self.kind), "use_gating")
+        if self.use_dora and self.kind in ("ia3", "mtl_lora"):
+            yield Problem("unsupported-option", told.format("use_dora", self.kind), "use_dora")
+        if self.kind == "mtl_lora" and self.task_specific_matrix_type != "singular_values":
+            message = f"a task matrix of type {self.task_specific_matrix_type!r} is not supported"
+            yield Problem("unsupported-option", message, "task_specific_matrix_type", "'singular_values'")
+
+    def method(
+        self, targets: tuple[str, ...], leave_out: tuple[str, ...], ranks: Mapping[str, int]
+    ) -> MethodConfig:
+        """Our config. `ranks`: role -> by how much rank and alpha are multiplied there, 1 where it is missing."""
+        where: dict[str, Any] = {"targets": targets, "leave_out": leave_out}
+        roles = {target.rpartition(".")[2] for target in targets}
+        times = {role: ranks.get(role, 1) for role in roles}
+        if self.kind == "ia3":
+            # theirs scales outputs everywhere, where the paper scales the input of the last matrix
+            sides = {"down": "output"} if "down" in roles else {}
+            return IA3Config(**where, alpha=self.alpha, gating=self.use_gating, sides=sides)
+        same = set(times.values()) == {1}
+        scale: dict[str, Any] = {
+            "r": self.r if same else {role: n * self.r for role, n in times.items()},
+            "alpha": self.alpha if same else {role: n * self.alpha for role, n in times.items()},
+            "dropout": self.dropout,
+        }
+        # their magnitude: the norm does not see alpha / r, and the bias is scaled with the weight
+        magnitude = {"norm_scaled": False, "scale_bias": True}
+        match self.kind:
+            case "lora":
+                return LoRAConfig(**where, **scale, gating=self.use_gating)
+            case "dora":
+                return DoRAConfig(**where, **scale, **magnitude)
+            case "mtl_lora":
+                return MTLLoRAConfig(
+                    **where, **scale, n_up=self.n_up_projection, sharpness=self.weights_sharpness
+                )
+        shared = {"r": ranks.get("shared", 1) * self.r, "alpha": ranks.get("shared", 1) * self.alpha}
+        vera = {**where, **shared, "dropout": self.dropout, "d_initial": self.vera_d or 0.1}
+        return VeRAConfig(**vera) if self.kind == "vera" else DVoRAConfig(**vera, **magnitude)
+
+
+def parse(config: Mapping[str, Any], source: str) -> LoRAFile:
+    """The config of a file.
+
+    Raises: FileFormatError: a method outside the LoRA family, or options that are unknown, wrong or not to be had.
+    """
+    architecture = config.get("architecture")
+    if architecture not in _KNOWN:
+        message = f"holds an adapter of architecture {architecture!r}, which cannot be read yet"
+        raise FileFormatError(
+            Problem("unsupported-method", message, expected=f"one of {listing(_KNOWN)}", file=source)
+        )
+    try:
+        theirs = LoRAFile.model_validate(config)
+    except ValidationError as error:
+        raise FileFormatError(_problem(item, source) for item in error.errors(include_url=False)) from None
+    problems = [Problem(p.code, p.message, p.address, p.expected, file=source) for p in theirs.refusals()]
+    if problems:
+        raise FileFormatError(problems)
+    return theirs
+
+
+def _problem(item: Any, source: str) -> Problem:
+    where = str(item["loc"][0])
+    if item["type"] == "extra_forbidden":
+        hint = did_you_mean(where, LoRAFile.model_fields)
+        return Problem(
+            "unknown-option", f"the config has an option {where!r} that is not known", where, "", hint, source
+        )
+    return Problem("bad-option", f"{item['input']!r} does not fit {where!r}", where, item["msg"], file=source)

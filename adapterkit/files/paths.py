@@ -1,0 +1,60 @@
+"""Under which module paths files made elsewhere, or with other versions of transformers, know a slot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.model.walk import join
+from adapterkit.spec.schema import Path, Stack, Sublayer
+
+
+def known_paths(blueprint: Blueprint, slot: Slot) -> tuple[str, ...]:
+    """Every path that the interface gives the host of a layer's slot: that of this model first, then `any_of` and `was`."""
+    info = blueprint.stacks[slot.stack]
+    stack = info.interface.stacks[slot.stack.rpartition("/")[2]]
+    layer = blueprint.places[f"{slot.stack}.{slot.layer}.layer"].path
+    lists = [name for name in (*stack.layers.names(), *stack.layers.was) if "*" not in name]
+    # a pattern over nested lists numbers its layers in its own way, so that only the model's own path is sure
+    layers = [f"{name}.{slot.layer}" for name in lists] or [_below(layer, info.path)]
+    return tuple(
+        dict.fromkeys(
+            [slot.path]
+            + [
+                join(root, f"{name}.{rest}")
+                for root in _roots(stack, info.path)
+                for name in layers
+                for rest in _rests(stack, slot)
+            ]
+        )
+    )
+
+
+def _below(path: str, root: str) -> str:
+    return path.removeprefix(f"{root}.") if root else path
+
+
+def _roots(stack: Stack, path: str) -> list[str]:
+    """Paths that the root of a stack may have, where here it has `path`."""
+    names = [name for name in (*stack.at.names(), *stack.at.was) if name != "."] if stack.at else []
+    here = next((name for name in names if path == name or path.endswith(f".{name}")), "")
+    base = path.removesuffix(here).removesuffix(".") if here else path
+    return [path, *(join(base, name) for name in (*(stack.at.names() if stack.at else ()), *names))]
+
+
+def _rests(stack: Stack, slot: Slot) -> Iterator[str]:
+    """Paths that the host of a slot may have below its layer."""
+    layers = [stack, *(stack.kinds.of.values() if stack.kinds else ())]
+    for sublayer in (getattr(layer, slot.sublayer or "", None) for layer in layers):
+        for option in (sublayer.any_of or (sublayer,)) if sublayer is not None else ():
+            for said in _said(option, slot):
+                yield from (*said.names(), *said.was)
+
+
+def _said(option: Sublayer, slot: Slot) -> Iterator[Path]:
+    """What one alternative of a sublayer says of the host of a slot."""
+    named = getattr(option, slot.role, None) or option.extra.get(slot.role)
+    if isinstance(named, Path):
+        yield named
+    if option.fused is not None and slot.role in ("fused", *option.fused.order):
+        yield option.fused.path
