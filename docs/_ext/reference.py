@@ -1,0 +1,152 @@
+"""Tables that are made from the code at build time, so that they cannot go out of date.
+
+    ```{language}                   every word of the interface language, from the schema
+    ```{vocabulary} roles           the closed lists of words: sublayers, roles
+    ```{options} lora               options of a method, from its config
+    ```{families}                   shipped interfaces and their model types
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+from docutils import nodes
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from adapterkit.methods.names import METHODS
+from adapterkit.spec import registry, vocabulary
+from adapterkit.spec.schema import Interface, Layers, Path, Scalar, Unembed
+
+SHORT = (Path, Layers, Unembed)
+"""Models that may be written as one word."""
+
+
+def parts(model: type[BaseModel], seen: dict[type[BaseModel], None] | None = None) -> list[type[BaseModel]]:
+    """A model and all models below it, in the order of the text."""
+    seen = {} if seen is None else seen
+    if model not in seen:
+        seen[model] = None
+        for field in model.model_fields.values():
+            for below in models_in(field.annotation):
+                parts(below, seen)
+    return list(seen)
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def link(model: type[BaseModel]) -> str:
+    name = model.__name__
+    return f"path or [{name}](#{name.lower()})" if model in SHORT else f"[{name}](#{name.lower()})"
+
+
+def shown(annotation: Any) -> str:
+    """What may stand behind a word."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Self:
+        return "the same words"
+    if annotation is Scalar:
+        return "value"
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(shown(item) for item in arguments if item is not type(None)) or "nothing"
+    if origin is tuple:
+        return f"list of {shown(arguments[0])}"
+    if origin is dict:
+        return f"map: name → {shown(arguments[1])}"
+    if hasattr(annotation, "__metadata__"):
+        return shown(annotation.__origin__)
+    if hasattr(annotation, "__value__"):
+        return shown(annotation.__value__)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return link(annotation)
+    plain = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", type(None): "reserved"}
+    return plain.get(annotation, str(annotation))
+
+
+def meaning(field: FieldInfo) -> str:
+    """The field's description, that of its type, or the first line of the part it holds."""
+    notes = [note for item in (field.annotation, *get_args(field.annotation)) for note in get_args(item)[1:]]
+    described = [note.description for note in notes if isinstance(note, FieldInfo) and note.description]
+    below = [(model.__doc__ or "").splitlines()[0] for model in models_in(field.annotation) if model is not Path]
+    return next((text for text in (field.description, *described, *below) if text), "")
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.default
+    if field.default_factory is not None or value is None or value == ():
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+
+
+def language() -> str:
+    """Every part of the language with its words."""
+    text = []
+    for model in parts(Interface):
+        rows = (
+            (f"`{name}`", shown(field.annotation), default(field), meaning(field))
+            for name, field in model.model_fields.items()
+        )
+        head = ("word", "value", "default", "meaning")
+        text += [f"### {model.__name__}", (model.__doc__ or "").strip(), table(head, rows)]
+    return "\n\n".join(text)
+
+
+def words(which: str) -> str:
+    found = {"roles": vocabulary.ROLES, "sublayers": vocabulary.SUBLAYERS}[which]
+    return table((which.removesuffix("s"), "meaning"), ((f"`{word}`", meaning) for word, meaning in found.items()))
+
+
+def options(method: str) -> str:
+    fields = METHODS[method].model_fields.items()
+    rows = ((f"`{name}`", f"`{option_default(field)}`", field.description or "") for name, field in fields)
+    return table(("option", "default", "meaning"), rows)
+
+
+def option_default(field: FieldInfo) -> Any:
+    value = field.get_default(call_default_factory=True)
+    return value if isinstance(value, str) or value is None else repr(value)
+
+
+def families() -> str:
+    types_of: dict[str, list[str]] = {name: [] for name in registry.interfaces() if registry.is_shipped(name)}
+    for model_type, name in registry.model_types().items():
+        types_of[name].append(f"`{model_type}`")
+    rows = ((f"`{name}.yaml`", ", ".join(model_types)) for name, model_types in types_of.items())
+    return table(("interface", "model types"), rows)
+
+
+class Generated(SphinxDirective):
+    """A directive whose text a function writes."""
+
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        text = MAKERS[self.name](*self.arguments)
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
+
+
+MAKERS: dict[str, Any] = {"language": language, "vocabulary": words, "options": options, "families": families}
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    for name in MAKERS:
+        app.add_directive(name, Generated)
+    return {"version": "1", "parallel_read_safe": True}
