@@ -119,6 +119,7 @@ class LoRA(Unit):
                 a, b = r[:rank] / root, q[:, :rank] / root
             self.A.copy_(a)
             self.B.copy_(b)
+        del self.A0, self.B0  # a buffer takes no name that is an attribute
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
 

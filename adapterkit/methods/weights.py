@@ -37,12 +37,13 @@ def slot_bias(host: nn.Module, rows: Rows | None) -> torch.Tensor | None:
 
 
 def readable(slot: Slot, why: str) -> torch.Tensor:
-    """The slot's weight in float32 at build time.
+    """The slot's weight in float32 at build time; on the meta device where a plan builds there, for its shape.
 
     Raises: PlanError: it is quantised or on the meta device, so that its values are not there to read.
     """
     host = slot.module
-    if not is_plain(host) or host.weight.is_meta:  # type: ignore[union-attr]
+    planned = torch.get_default_device().type == "meta"
+    if not is_plain(host) or (host.weight.is_meta and not planned):  # type: ignore[union-attr]
         problem = Problem(
             "weight-unreadable",
             f"{why} reads the weight, but that of {slot.path} ({type(host).__name__}) is quantised or not loaded",
@@ -51,4 +52,6 @@ def readable(slot: Slot, why: str) -> torch.Tensor:
         )
         raise PlanError(problem)
     weight = slot_weight(host, slot.transposed, slot.rows).detach()
+    if planned:
+        weight = weight.to("meta")
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
