@@ -10,9 +10,15 @@ from adapterkit.spec.schema import Path, Stack, Sublayer
 
 
 def known_paths(blueprint: Blueprint, slot: Slot) -> tuple[str, ...]:
-    """Every path that the interface gives the host of a layer's slot: that of this model first, then `any_of` and `was`."""
+    """Every path that the interface gives the host of a slot: this model's first, then `any_of` and `was`."""
     info = blueprint.stacks[slot.stack]
     stack = info.interface.stacks[slot.stack.rpartition("/")[2]]
+    if slot.layer is None:
+        said = stack.extra[slot.role]
+        spelled = [
+            join(root, name) for root in _roots(stack, info.path) for name in (*said.names(), *said.was)
+        ]
+        return tuple(dict.fromkeys((slot.path, *spelled)))
     layer = blueprint.places[f"{slot.stack}.{slot.layer}.layer"].path
     lists = [name for name in (*stack.layers.names(), *stack.layers.was) if "*" not in name]
     # a pattern over nested lists numbers its layers in its own way, so that only the model's own path is sure
@@ -24,7 +30,7 @@ def known_paths(blueprint: Blueprint, slot: Slot) -> tuple[str, ...]:
                 join(root, f"{name}.{rest}")
                 for root in _roots(stack, info.path)
                 for name in layers
-                for rest in _rests(stack, slot)
+                for rest in _rests(stack, slot, slot.path.removeprefix(f"{layer}."))
             ]
         )
     )
@@ -42,13 +48,22 @@ def _roots(stack: Stack, path: str) -> list[str]:
     return [path, *(join(base, name) for name in (*(stack.at.names() if stack.at else ()), *names))]
 
 
-def _rests(stack: Stack, slot: Slot) -> Iterator[str]:
-    """Paths that the host of a slot may have below its layer."""
+def _rests(stack: Stack, slot: Slot, real: str) -> Iterator[str]:
+    """Paths that the host of a slot may have below its layer, where here it has `real`."""
     layers = [stack, *(stack.kinds.of.values() if stack.kinds else ())]
-    for sublayer in (getattr(layer, slot.sublayer or "", None) for layer in layers):
-        for option in (sublayer.any_of or (sublayer,)) if sublayer is not None else ():
-            for said in _said(option, slot):
-                yield from (*said.names(), *said.was)
+    sublayers = [getattr(layer, slot.sublayer or "", None) for layer in layers]
+    options = [
+        option
+        for sublayer in sublayers
+        if sublayer is not None
+        for option in (sublayer.any_of or (sublayer,))
+    ]
+    said = [(option.when, path) for option in options for path in _said(option, slot)]
+    # an alternative under another condition is another structure, not another version of this one
+    here = [when for when, path in said if real in path.names()]
+    for when, path in said:
+        if when in here:
+            yield from (*path.names(), *path.was)
 
 
 def _said(option: Sublayer, slot: Slot) -> Iterator[Path]:

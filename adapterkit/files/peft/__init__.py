@@ -1,18 +1,6 @@
-"""Directories in PEFT's format."""
+"""Directories in PEFT's format; PEFT itself is not needed."""
 
-from __future__ import annotations
+from adapterkit.files.peft.reading import read
+from adapterkit.files.peft.writing import write
 
-from pathlib import Path
-
-from adapterkit.adapter import Adapter
-from adapterkit.errors import FileFormatError, Problem
-from adapterkit.files.content import Content
-from adapterkit.model.blueprint import Blueprint
-
-
-def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
-    raise FileFormatError(Problem("unsupported-format", "PEFT files cannot be read yet", file=str(directory)))
-
-
-def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | str) -> Path:
-    raise FileFormatError(Problem("unsupported-format", "PEFT files cannot be written yet", file=str(directory)))
+__all__ = ["read", "write"]
