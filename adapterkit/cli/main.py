@@ -23,20 +23,27 @@ Adapters for PyTorch and Hugging Face models. Three next steps:
 adapterkit --help shows all commands."""
 
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"max_content_width": 110}
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 110},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Directory with a config.json, model type, or hub id in the local cache.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Directory with a config.json, model type, or hub id in the local cache."
+    ),
 ]
 Interface = Annotated[
-    str | None, typer.Option("--interface", "-i", metavar="FILE", help="Interface to use instead of the known one.")
+    str | None,
+    typer.Option("--interface", "-i", metavar="FILE", help="Interface to use instead of the known one."),
 ]
 
 
 def main() -> NoReturn:
-    """Run one command: exit 0 if all is well, 1 with problems, 2 for wrong usage; never a traceback for these."""
+    """Run one command: exit 0 if all is well, 1 with problems, 2 for wrong usage; no traceback for these."""
     code = OK
     try:
         try:
@@ -73,7 +80,9 @@ def _version(asked: bool) -> None:
 @app.callback(invoke_without_command=True)
 def start(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Adapters for PyTorch and Hugging Face models: every method for every family, one YAML file each."""
     if context.invoked_subcommand is None:
@@ -83,15 +92,24 @@ def start(
 @app.command()
 def check(
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="[FILES|DIRS|-]", help="What to check; default: every known interface.")
+        list[str] | None,
+        typer.Argument(metavar="[FILES|DIRS|-]", help="What to check; default: every known interface."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also resolve on this model (as for `show`), without its weights.")
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Also resolve on this model (as for `show`), without its weights."
+        ),
     ] = None,
     require_model: Annotated[
-        bool, typer.Option("--require-model", help="Resolve on --model, else on a default of each model type, or fail.")
+        bool,
+        typer.Option(
+            "--require-model", help="Resolve on --model, else on a default of each model type, or fail."
+        ),
     ] = False,
-    format: Annotated[str, typer.Option("--format", metavar="text|json|github", help="Form of the report.")] = "text",
+    format: Annotated[
+        str, typer.Option("--format", metavar="text|json|github", help="Form of the report.")
+    ] = "text",
     json: Json = False,
 ) -> None:
     """Check interface files: the words, and with --model that everything they name is there."""
@@ -122,9 +140,13 @@ def show(model: Model, interface: Interface = None, json: Json = False) -> None:
 @app.command()
 def plan(
     model: Model,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="Such as lora or 'lora[r=16,targets=[q,v,up]]'.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="Such as lora or 'lora[r=16,targets=[q,v,up]]'.")
+    ],
     interface: Interface = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Plan what exists, list what is missing.")] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Plan what exists, list what is missing.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """What attaching a method would do, slot by slot."""
@@ -137,7 +159,9 @@ def plan(
 
 @app.command()
 def schema(
-    write: Annotated[str | None, typer.Option("--write", metavar="FILE", help="Write it there instead.")] = None,
+    write: Annotated[
+        str | None, typer.Option("--write", metavar="FILE", help="Write it there instead.")
+    ] = None,
 ) -> None:
     """The JSON Schema of the interface language, for editors."""
     from pathlib import Path

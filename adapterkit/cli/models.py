@@ -1,0 +1,77 @@
+"""MODEL of the command line -> a model on the meta device: modules and shapes, no weights, no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import ConfigError, Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_EXPECTED = "a directory with config.json, a model type, or a hub id that is in the local cache"
+
+
+def on_meta(name: str) -> nn.Module:
+    """The model that `name` means, on the meta device.
+
+    Args: name: a directory with config.json or a hub id in the cache gives the class that the config names;
+        a model type gives its base model with the default config.
+    Raises: ConfigError: there is no such model, or transformers cannot build it.
+    """
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    folder = Path(name)
+    # a file or folder of this name that is no model does not hide the model type
+    known = not (folder / "config.json").is_file() and name in CONFIG_MAPPING
+    config = _default(name) if known else _configured(name)
+    try:
+        with torch.device("meta"):
+            return _class(config)._from_config(config)  # type: ignore[no-any-return]
+    except Exception as error:  # constructors of transformers raise anything
+        raise _refused(name, f"transformers cannot build it: {_first_line(error)}") from error
+
+
+def _default(model_type: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[model_type]()
+    except Exception as error:  # some configs need arguments
+        raise _refused(model_type, "it has no default config") from error
+
+
+def _configured(name: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # not there, not readable, needs code of its own
+        hint = did_you_mean(name, CONFIG_MAPPING)
+        raise _refused(
+            name, _first_line(error) if Path(name).exists() else "there is none of this name", hint
+        ) from error
+
+
+def _class(config: Any) -> Any:
+    """The class that the config names, else the base model of its type."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type):
+            return found
+    found = MODEL_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _refused(name: str, why: str, hint: str = "") -> ConfigError:
+    return ConfigError(Problem("no-such-model", f"model {name!r}: {why}", expected=_EXPECTED, hint=hint))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
