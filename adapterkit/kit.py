@@ -183,7 +183,7 @@ class Kit(Mapping[str, Adapter]):
         plan = native.planned(self.blueprint, content, name, slots, heads, draft)
         native.fill(plan, draft, content)
         copies = {found: native.filled_head(copy_head(found.module), found, content) for found in heads}
-        poolers = native.filled_poolers(self.blueprint, content, copy_head) if heads else {}
+        poolers = native.filled_poolers(self.blueprint, content, copy_head) if head is not False else {}
         self._install(plan, draft, copies, poolers, activate, trainable)
 
     def _cast(self, plan: Plan, draft: Draft, dtype: str | torch.dtype) -> None:

@@ -36,8 +36,9 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
     heads = adapter.heads if head else {}
     for address, module in heads.items():
         tensors |= {f"{address}.{name}": value for name, value in module.state_dict().items()}
-    if heads:
-        for pooler in blueprint.poolers:
+    for pooler in blueprint.poolers:
+        # a pooler that came with the adapter goes with it, even where there is no head
+        if heads or (head and pooler.address in adapter.poolers):
             module = adapter.poolers.get(pooler.address, pooler.module)
             tensors |= {
                 f"{pooler.address}.{name}": value
@@ -208,8 +209,17 @@ def filled_head(module: nn.Module, head: Head, content: Content) -> nn.Module:
 def filled_poolers(
     blueprint: Blueprint, content: Content, copy: Callable[[nn.Module], nn.Module]
 ) -> dict[Head, nn.Module]:
-    """Copies of the poolers whose tensors in the file differ from the model's: newly initialised ones come back."""
+    """Copies of the poolers whose tensors in the file differ from the model's: newly initialised ones come back.
+
+    Raises: FileFormatError: the file has a pooler that the model lacks, or of another shape.
+    """
     found: dict[Head, nn.Module] = {}
+    unknown = content.poolers.keys() - {pooler.address for pooler in blueprint.poolers}
+    if unknown:
+        message = "the model has no such pooler"
+        raise FileFormatError(
+            Problem("unknown-tensors", message, address, expected=_HEAD, file=content.source) for address in unknown
+        )
     for pooler in blueprint.poolers:
         given = content.poolers.get(pooler.address)
         if given is None:

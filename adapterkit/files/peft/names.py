@@ -1,7 +1,7 @@
 """Module paths under which files know the linear maps of a model: this class, its relatives, other versions.
 
 A file names a module by its path in the class and the version of transformers that it was made with. The
-alternatives of an interface are paths of other versions; the base model's prefix comes and goes with the class.
+alternatives of an interface are paths of other versions; the prefix of the base depends on the class.
 """
 
 from __future__ import annotations
