@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -32,7 +33,7 @@ _NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
 
 def refuse(code: str, message: str) -> PydanticCustomError:
     """An error whose type is the code that users see."""
-    return PydanticCustomError(code.replace("-", "_"), "{text}", {"text": message})  # type: ignore[arg-type]
+    return PydanticCustomError(code.replace("-", "_"), "{text}", {"text": message})
 
 
 def _name(word: str) -> str:
@@ -105,6 +106,11 @@ class Path(Model):
         if self.any_of is not None and len(self.any_of) < 2:
             raise refuse("one-of", "'any_of' needs at least two alternatives")
         return self
+
+    @cached_property
+    def plain(self) -> str | None:
+        """The path, if nothing else is said."""
+        return None if self.any_of or self.when or self.optional else self.path
 
     def names(self) -> tuple[str, ...]:
         """Every path that may be meant, in order."""
@@ -212,6 +218,24 @@ class Sublayer(Model):
         if self.any_of is not None and len(self.any_of) < 2:
             raise refuse("one-of", "'any_of' needs at least two alternatives")
         return self
+
+
+    @cached_property
+    def points(self) -> tuple[tuple[str, Path], ...]:
+        """Named places that are no linear maps."""
+        named = [(word, getattr(self, word, None)) for word in ("core", "out", "tail", "own_adapter")]
+        places = ("before", "after", "after_residual")
+        named += [(f"norm.{place}", getattr(self.norm, place)) for place in places] if self.norm else []
+        return tuple((name, path) for name, path in named if path is not None)
+
+    @cached_property
+    def first(self) -> str | None:
+        """A path that shows whether the sublayer is there."""
+        for word in ("core", "q", "up", "down", "out"):
+            path = getattr(self, word, None)
+            if path is not None:
+                return str(path.names()[0])
+        return None
 
 
 class Attention(Sublayer):
@@ -434,10 +458,8 @@ class AdapterHub(Model):
     )
     intermediate: str = Field("mlp.up", description="slot that their `intermediate` means")
     output: str = Field("mlp.down", description="slot that their `output` means")
-    fused_rows: Literal["roles", "blocks"] = Field(
-        "roles", description="blocks: they cut a fused matrix into equal blocks, whatever its layout"
-    )
     ignored: Strings = Field((), description="slots that they accept and leave unadapted")
+    refused: Reason | None = Field(None, description="why their numbers cannot be reproduced on this family")
 
 
 class Peft(Model):

@@ -1,4 +1,4 @@
-"""Directories written by AdapterHub's `adapters`: either their numbers are reproduced, or the file is refused."""
+"""Directories of AdapterHub's `adapters`: either their numbers are reproduced, or the file is refused."""
 
 from adapterkit.files.adapterhub.reader import read, recognises
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,13 +14,14 @@ from adapterkit.methods.ia3 import IA3Config
 from adapterkit.methods.lora import LoRAConfig
 from adapterkit.methods.mtl_lora import MTLLoRAConfig
 from adapterkit.methods.vera import VeRAConfig
+from adapterkit.model.blueprint import Slot
 
 Kind = Literal["lora", "ia3", "vera", "dora", "dvora", "mtl_lora"]
 _KNOWN = ("lora", "mtl_lora")
 
 
 class LoRAFile(BaseModel):
-    """`config` of an adapter_config.json. Fields and defaults are those of adapters 1.3.0, adapter_config.py."""
+    """`config` of an adapter_config.json; fields and defaults of adapters 1.3.0, adapter_config.py."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,7 +48,7 @@ class LoRAFile(BaseModel):
 
     @property
     def kind(self) -> Kind:
-        """Our name of the method, by the order of their own tests (adapters 1.3.0, methods/lora.py, add_adapter)."""
+        """Our name of the method, in the order of their tests (methods/lora.py, LoRALayer.add_adapter)."""
         if self.composition_mode == "scale":
             return "ia3"
         if self.architecture == "mtl_lora":
@@ -56,8 +57,13 @@ class LoRAFile(BaseModel):
             return "dvora" if self.use_dora else "vera"
         return "dora" if self.use_dora else "lora"
 
+    @property
+    def shares(self) -> bool:
+        """Whether all units read the same frozen matrices."""
+        return self.kind in ("vera", "dvora")
+
     def refusals(self) -> Iterator[Problem]:
-        """Combinations of options that we have no method for; most of them do not run in `adapters` either."""
+        """Options that we have no method for together; most do not run in `adapters` either."""
         told = "{} together with {} is not supported"
         if self.use_gating and self.kind not in ("lora", "ia3"):
             yield Problem("unsupported-option", told.format("use_gating", self.kind), "use_gating")
@@ -68,64 +74,55 @@ class LoRAFile(BaseModel):
             yield Problem("unsupported-option", message, "task_specific_matrix_type", "'singular_values'")
 
     def method(
-        self, targets: tuple[str, ...], leave_out: tuple[str, ...], ranks: Mapping[str, int]
+        self, slots: Sequence[Slot], leave_out: tuple[str, ...], times: Mapping[str, int]
     ) -> MethodConfig:
-        """Our config. `ranks`: role -> by how much rank and alpha are multiplied there, 1 where it is missing."""
+        """Our config. `times`: address -> by how much rank and alpha are multiplied there."""
+        targets = tuple(dict.fromkeys(f"{slot.sublayer}.{slot.role}" for slot in slots))
+        roles = dict.fromkeys((slot.role for slot in slots if slot.address not in times), 1)
         where: dict[str, Any] = {"targets": targets, "leave_out": leave_out}
-        roles = {target.rpartition(".")[2] for target in targets}
-        times = {role: ranks.get(role, 1) for role in roles}
         if self.kind == "ia3":
             # theirs scales outputs everywhere, where the paper scales the input of the last matrix
             sides = {"down": "output"} if "down" in roles else {}
             return IA3Config(**where, alpha=self.alpha, gating=self.use_gating, sides=sides)
-        same = set(times.values()) == {1}
-        scale: dict[str, Any] = {
-            "r": self.r if same else {role: n * self.r for role, n in times.items()},
-            "alpha": self.alpha if same else {role: n * self.alpha for role, n in times.items()},
-            "dropout": self.dropout,
-        }
+        for name, value in (("r", self.r), ("alpha", self.alpha)):
+            where[name] = {at: n * value for at, n in {**roles, **times}.items()} if times else value
+        where["dropout"] = self.dropout
         # their magnitude: the norm does not see alpha / r, and the bias is scaled with the weight
         magnitude = {"norm_scaled": False, "scale_bias": True}
         match self.kind:
             case "lora":
-                return LoRAConfig(**where, **scale, gating=self.use_gating)
+                return LoRAConfig(**where, gating=self.use_gating)
             case "dora":
-                return DoRAConfig(**where, **scale, **magnitude)
-            case "mtl_lora":
-                return MTLLoRAConfig(
-                    **where, **scale, n_up=self.n_up_projection, sharpness=self.weights_sharpness
-                )
-        shared = {"r": ranks.get("shared", 1) * self.r, "alpha": ranks.get("shared", 1) * self.alpha}
-        vera = {**where, **shared, "dropout": self.dropout, "d_initial": self.vera_d or 0.1}
-        return VeRAConfig(**vera) if self.kind == "vera" else DVoRAConfig(**vera, **magnitude)
+                return DoRAConfig(**where, **magnitude)
+            case "vera":
+                return VeRAConfig(**where)
+            case "dvora":
+                return DVoRAConfig(**where, **magnitude)
+        return MTLLoRAConfig(**where, n_up=self.n_up_projection, sharpness=self.weights_sharpness)
 
 
-def parse(config: Mapping[str, Any], source: str) -> LoRAFile:
+def parse(config: Mapping[str, Any]) -> LoRAFile:
     """The config of a file.
 
-    Raises: FileFormatError: a method outside the LoRA family, or options that are unknown, wrong or not to be had.
+    Raises: FileFormatError: a method outside the LoRA family; options that are unknown, wrong or not had.
     """
     architecture = config.get("architecture")
     if architecture not in _KNOWN:
         message = f"holds an adapter of architecture {architecture!r}, which cannot be read yet"
-        raise FileFormatError(
-            Problem("unsupported-method", message, expected=f"one of {listing(_KNOWN)}", file=source)
-        )
+        raise FileFormatError(Problem("unsupported-method", message, expected=f"one of {listing(_KNOWN)}"))
     try:
         theirs = LoRAFile.model_validate(config)
     except ValidationError as error:
-        raise FileFormatError(_problem(item, source) for item in error.errors(include_url=False)) from None
-    problems = [Problem(p.code, p.message, p.address, p.expected, file=source) for p in theirs.refusals()]
+        raise FileFormatError(_problem(item) for item in error.errors(include_url=False)) from None
+    problems = list(theirs.refusals())
     if problems:
         raise FileFormatError(problems)
     return theirs
 
 
-def _problem(item: Any, source: str) -> Problem:
+def _problem(item: Any) -> Problem:
     where = str(item["loc"][0])
     if item["type"] == "extra_forbidden":
         hint = did_you_mean(where, LoRAFile.model_fields)
-        return Problem(
-            "unknown-option", f"the config has an option {where!r} that is not known", where, "", hint, source
-        )
-    return Problem("bad-option", f"{item['input']!r} does not fit {where!r}", where, item["msg"], file=source)
+        return Problem("unknown-option", f"the config has an unknown option {where!r}", where, "", hint)
+    return Problem("bad-option", f"{item['input']!r} does not fit {where!r}", where, item["msg"])

@@ -25,7 +25,7 @@ class Keyed:
     """Path of a base model in the file -> parameter -> tensor."""
 
 
-def sort(tensors: Mapping[str, torch.Tensor], name: str, blueprint: Blueprint, source: str) -> Keyed:
+def sort(tensors: Mapping[str, torch.Tensor], name: str, blueprint: Blueprint) -> Keyed:
     """Find the host of every tensor.
 
     Raises: FileFormatError: keys that mean no module of this model, or one that another key means, too.
@@ -38,12 +38,10 @@ def sort(tensors: Mapping[str, torch.Tensor], name: str, blueprint: Blueprint, s
             found.shared.setdefault(base[1:], {})[shared] = tensor
         elif not own or module not in hosts:
             hint = did_you_mean(module, hosts)
-            problems.append(
-                Problem("unknown-tensors", "belongs to no module of this model", key, "", hint, source)
-            )
+            problems.append(Problem("unknown-tensors", "belongs to no module of this model", key, "", hint))
         elif found.modules.setdefault(hosts[module], module) != module:
             message = f"belongs to the same module as tensors at {found.modules[hosts[module]]!r}"
-            problems.append(Problem("named-twice", message, key, file=source))
+            problems.append(Problem("named-twice", message, key))
         else:
             found.parts.setdefault(hosts[module], {})[parameter] = tensor
     if problems:

@@ -18,8 +18,8 @@ _MATRICES = ("q", "k", "v")
 class Place:
     """One module of theirs with its parts of the adapter.
 
-    They cut a fused matrix into three equal blocks of rows, named q, k and v whatever lies there, and keep the parts for
-    all blocks in one tensor.
+    They cut a fused matrix into three equal blocks of rows, named q, k and v whatever lies there, and keep
+    the parts for all blocks in one tensor.
     """
 
     host: Slot
@@ -34,26 +34,45 @@ class Place:
     """Roles in the other blocks."""
 
     @property
-    def fused(self) -> bool:
-        """Whether the module holds q, k and v."""
-        return self.length != (self.host.shape or (0, 0))[0]
+    def d_in(self) -> int:
+        """Columns of the module."""
+        return (self.host.shape or (0, 0))[1]
 
     @property
-    def by_blocks(self) -> bool:
-        """Whether the blocks are not the roles, so that the whole module is adapted."""
+    def d_out(self) -> int:
+        """Rows of the module."""
+        return (self.host.shape or (0, 0))[0]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the module holds q, k and v."""
+        return self.length != self.d_out
+
+    @property
+    def whole(self) -> bool:
+        """Whether the blocks are not the roles, so that the fused module is adapted as a whole."""
         return self.fused and self.slots == (self.host,)
+
+    @property
+    def stretches(self) -> list[slice]:
+        """Rows of the adapted blocks in the module."""
+        return [slice(block * self.length, (block + 1) * self.length) for block in self.blocks]
 
 
 def hub_of(blueprint: Blueprint) -> AdapterHub:
     """What the interface of a model says about files of AdapterHub.
 
-    Raises: FileFormatError: nothing.
+    Raises: FileFormatError: nothing, or that their numbers cannot be had here.
     """
-    if blueprint.interface.adapterhub is None:
+    hub = blueprint.interface.adapterhub
+    if hub is None:
         message = f"the interface {blueprint.interface_name!r} does not say how AdapterHub names this model"
         expected = "an 'adapterhub' block, which families that AdapterHub has not got do not have"
         raise FileFormatError(Problem("not-in-adapterhub", message, expected=expected))
-    return blueprint.interface.adapterhub
+    if hub.refused is not None:
+        message = f"adapters of AdapterHub cannot be reproduced on {blueprint.interface_name}: {hub.refused}"
+        raise FileFormatError(Problem("not-reproducible", message))
+    return hub
 
 
 def places(blueprint: Blueprint, theirs: LoRAFile) -> tuple[Place, ...]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
 from adapterkit.files.adapterhub import keys
 from adapterkit.files.adapterhub.config import LoRAFile, parse
 from adapterkit.files.adapterhub.places import Place, hub_of, left_out, places
-from adapterkit.files.adapterhub.shared import join
-from adapterkit.files.adapterhub.tensors import refusals, shapes, units
+from adapterkit.files.adapterhub.shared import share
+from adapterkit.files.adapterhub.tensors import Units, refusals, shapes, units
 from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors
 from adapterkit.model.blueprint import Blueprint
@@ -31,45 +30,50 @@ def recognises(data: Mapping[str, Any]) -> bool:
 def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     """The adapter in a directory of AdapterHub.
 
-    Their `<module>.loras.<name>.<parameter>` become units at the slots of those modules. Where they compute otherwise
-    than the paper, the config that is returned says so; what we cannot compute is refused.
+    Their `<module>.loras.<name>.<parameter>` become units at the slots of those modules. Where they compute
+    otherwise than the paper, the config that is returned says so; what we cannot compute is refused.
 
     Raises: FileFormatError: with everything that is unknown, missing or cannot be reproduced.
     """
-    data, source = read_json(directory / CONFIG), str(directory)
-    name = str(data.get("name"))
+    data = read_json(directory / CONFIG)
     try:
-        hub_of(blueprint)
-        theirs = parse(data["config"], source)
-        _check_model(data, blueprint)
-        adapted = places(blueprint, theirs)
-        problems = [problem for place in adapted for problem in refusals(place, theirs)]
-        if problems:
-            raise FileFormatError(problems)
-        given = keys.sort(read_tensors(_weights(directory), allow_bin), name, blueprint, source)
-        _check(adapted, theirs, given)
-        tensors, ranks = _tensors(adapted, theirs, given)
+        return _content(data, directory, blueprint, allow_bin)
     except FileFormatError as error:
-        raise FileFormatError(_in_file(problem, source) for problem in error.problems) from None
-    addresses = {key.rpartition(".")[0].removesuffix(".gate"): None for key in tensors}
-    addresses.pop("shared", None)
-    slots = [blueprint.slots[address] for address in addresses]
-    targets = tuple(dict.fromkeys(f"{slot.sublayer}.{slot.role}" for slot in slots))
+        source = str(directory)
+        raise FileFormatError(p if p.file else replace(p, file=source) for p in error.problems) from None
+
+
+def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
+    hub_of(blueprint)
+    theirs, name = parse(data["config"]), str(data.get("name"))
+    _check_model(data, blueprint)
+    adapted = places(blueprint, theirs)
+    _refuse(problem for place in adapted for problem in refusals(place, theirs))
+    given = keys.sort(read_tensors(_weights(directory), allow_bin), name, blueprint)
+    _refuse(_differences(adapted, theirs, given))
+    found: Units = {}
+    for place in adapted:
+        found |= units(place, theirs, given.parts[place.host.path])
+    addresses = tuple(found)
+    if theirs.shares:
+        found, joined = share(found, adapted, given, theirs.r)
+        theirs = theirs.model_copy(update={"r": joined * theirs.r, "alpha": joined * theirs.alpha})
+    times = {place.host.address: len(place.blocks) for place in adapted if place.whole}
     return Content(
         name=name,
-        config=theirs.method(targets, left_out(blueprint, theirs), ranks),
-        tensors=tensors,
-        addresses=tuple(addresses),
+        config=theirs.method([blueprint.slots[a] for a in addresses], left_out(blueprint, theirs), times),
+        tensors={f"{a}.{name}": tensor for a, unit in found.items() for name, tensor in unit.items()},
+        addresses=addresses,
         heads={f"heads.{name}": {}} if (directory / HEAD).is_file() else {},
-        source=source,
+        source=str(directory),
         facts={key: data.get(key) for key in ("model_name", "model_class", "model_type", "version")},
     )
 
 
-def _in_file(problem: Problem, source: str) -> Problem:
-    from dataclasses import replace
-
-    return problem if problem.file else replace(problem, file=source)
+def _refuse(problems: Iterable[Problem]) -> None:
+    found = list(problems)
+    if found:
+        raise FileFormatError(found)
 
 
 def _check_model(data: Mapping[str, Any], blueprint: Blueprint) -> None:
@@ -89,56 +93,24 @@ def _weights(directory: Path) -> Path:
     raise FileFormatError(Problem("bad-file", f"holds no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]}"))
 
 
-def _check(adapted: tuple[Place, ...], theirs: LoRAFile, given: keys.Keyed) -> None:
-    """Refuse a file that has not got exactly the tensors that its config asks for in this model."""
+def _differences(adapted: tuple[Place, ...], theirs: LoRAFile, given: keys.Keyed) -> Iterator[Problem]:
+    """Where a file has not got exactly the tensors that its config asks for in this model."""
     if not adapted:
-        raise FileFormatError(
-            Problem("empty-adapter", "the config adapts no module of this model, so that nothing is left")
+        yield Problem(
+            "empty-adapter", "the config adapts no module of this model, so that there is nothing to load"
         )
-    wanted = {
-        f"{place.host.path}.{name}": shape
-        for place in adapted
-        for name, shape in shapes(place, theirs).items()
-    }
-    found = {
-        f"{path}.{name}": tensor for path, parts in given.parts.items() for name, tensor in parts.items()
-    }
-    problems = []
-    for key in sorted(found.keys() - wanted.keys()):
-        hint = did_you_mean(key, wanted)
-        problems.append(Problem("unknown-tensors", "the config asks for no such tensor", key, "", hint))
-    for key in sorted(wanted.keys() - found.keys()):
-        problems.append(Problem("missing-tensors", "the file lacks this tensor", key))
-    for key in sorted(wanted.keys() & found.keys()):
+    wanted = {(place.host.path, n): shape for place in adapted for n, shape in shapes(place, theirs).items()}
+    found = {(path, n): tensor for path, part in given.parts.items() for n, tensor in part.items()}
+    names = {key: ".".join(key) for key in wanted}
+    for key in found.keys() - wanted.keys():
+        hint = did_you_mean(".".join(key), names.values())
+        yield Problem("unknown-tensors", "the config asks for no such tensor", ".".join(key), "", hint)
+    for key in wanted.keys() - found.keys():
+        yield Problem("missing-tensors", "the file lacks this tensor", names[key])
+    for key in wanted.keys() & found.keys():
         if tuple(found[key].shape) != wanted[key]:
             message = f"has shape {tuple(found[key].shape)}, {wanted[key]} was expected"
-            problems.append(Problem("other-shape", message, key))
-    if theirs.kind not in ("vera", "dvora"):
-        problems += [
-            Problem("unknown-tensors", f"{theirs.kind} shares no tensors", base) for base in given.shared
-        ]
-    if problems:
-        raise FileFormatError(problems)
-
-
-def _tensors(
-    adapted: tuple[Place, ...], theirs: LoRAFile, given: keys.Keyed
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Our tensors, and by how much the rank of a role (of all: 'shared') is multiplied."""
-    tensors = {
-        k: v for place in adapted for k, v in units(place, theirs, given.parts[place.host.path]).items()
-    }
-    ranks = {place.host.role: len(place.blocks) for place in adapted if place.by_blocks}
-    for place in adapted:
-        if not place.by_blocks and ranks.get(place.host.role, 1) != 1:
-            message = f"{place.host.role!r} has several ranks in this model, which one config cannot say"
-            raise FileFormatError(Problem("unsupported-slot", message, place.host.address))
-    if theirs.kind in ("vera", "dvora"):
-        modules = {given.modules[place.host.path]: place.host.shape or (0, 0) for place in adapted}
-        matrices = join(given.shared, modules, theirs.r)
-        for place in adapted:
-            key = f"{place.host.address}.d"
-            tensors[key] = matrices.spread(given.modules[place.host.path], tensors[key])
-        tensors |= {"shared.A": matrices.A, "shared.B": matrices.B}
-        ranks["shared"] = matrices.count
-    return tensors, ranks
+            yield Problem("other-shape", message, names[key])
+    if not theirs.shares:
+        for base in given.shared:
+            yield Problem("unknown-tensors", f"{theirs.kind} shares no tensors", f"{base}.shared_parameters")

@@ -2,71 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from adapterkit.errors import FileFormatError, Problem
+from adapterkit.files.adapterhub.keys import Keyed
+from adapterkit.files.adapterhub.places import Place
+from adapterkit.files.adapterhub.tensors import Units
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class SharedMatrices:
-    """A (n * R, D_in) and B (D_out, n * R) of `count` base models, and which of them each module reads.
+def share(units: Units, places: Sequence[Place], given: Keyed, rank: int) -> tuple[Units, int]:
+    """Units, whose d (R,) is that of the file -> units, shared A and B, and the number of pairs joined there.
 
-    A model made of models has one pair for each. They are joined, and a module's d is zero where the other pairs are:
-    exact zeros are added, so that the numbers stay those of the file.
+    A model made of models has a pair for each, VeRA one for all. So A (n * R, D_in) and B (D_out, n * R)
+    hold all pairs, and the d (n * R,) of a unit is zero where other pairs lie: its sum gains exact zeros.
+
+    Raises: FileFormatError: matrices are not in the file, or do not fit.
     """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    count: int
-    index: Mapping[str, int]
-
-    def spread(self, module: str, d: torch.Tensor) -> torch.Tensor:
-        """D (R,) of a module as (n * R,)."""
-        rank = d.shape[0]
-        whole = d.new_zeros(self.count * rank)
-        start = self.index[module] * rank
-        whole[start : start + rank] = d
-        return whole
-
-
-def join(
-    pairs: Mapping[str, Mapping[str, torch.Tensor]], modules: Mapping[str, tuple[int, int]], rank: int
-) -> SharedMatrices:
-    """The matrices for these modules.
-
-    Args: pairs: path of a base model -> its `lora_A` and `lora_B`; modules: path of a module -> (D_out, D_in) of it.
-    Raises: FileFormatError: they are not in the file, or do not fit.
-    """
-    problems, unique, index = [], list[tuple[torch.Tensor, torch.Tensor]](), {}
-    for module, (d_out, d_in) in modules.items():
-        base = max((b for b in pairs if not b or module.startswith(f"{b}.")), key=len, default=None)
-        pair = pairs.get(base, {}) if base is not None else {}
-        if pair.keys() != {"lora_A", "lora_B"}:
-            message = "the file lacks the matrices that VeRA shares; AdapterHub does not save them from a base model class"
-            problems.append(
-                Problem("shared-not-saved", message, module, hint="save from a class with a head")
-            )
+    pairs: list[Pair] = []
+    problems: list[Problem] = []
+    found = dict(units)
+    for place in places:
+        address = place.host.address
+        try:
+            own = _pair(given.shared, given.modules[place.host.path], place, rank)
+        except FileFormatError as error:
+            problems += error.problems
             continue
-        a, b = pair["lora_A"], pair["lora_B"]
-        if a.shape != (rank, d_in) or b.shape != (d_out, rank):
-            message = f"shared matrices of shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit the module"
-            problems.append(Problem("other-shape", message, module, f"{(rank, d_in)} and {(d_out, rank)}"))
-            continue
-        same = (i for i, (x, y) in enumerate(unique) if torch.equal(x, a) and torch.equal(y, b))
-        index[module] = next(same, len(unique))
-        if index[module] == len(unique):
-            unique.append((a, b))
+        same = (i for i, pair in enumerate(pairs) if all(map(torch.equal, pair, own)))
+        number = next(same, len(pairs))
+        pairs += [own] if number == len(pairs) else []
+        found[address] = {**units[address], "d": F.pad(units[address]["d"], (number * rank, 0))}
     if problems:
         raise FileFormatError(problems)
-    d_in = max(a.shape[1] for a, _ in unique)
-    d_out = max(b.shape[0] for _, b in unique)
-    return SharedMatrices(
-        torch.cat([F.pad(a, (0, d_in - a.shape[1])) for a, _ in unique]),
-        torch.cat([F.pad(b, (0, 0, 0, d_out - b.shape[0])) for _, b in unique], dim=1),
-        len(unique),
-        index,
-    )
+    whole = len(pairs) * rank
+    for place in places:
+        unit = found[place.host.address]
+        unit["d"] = F.pad(unit["d"], (0, whole - unit["d"].shape[0]))
+    d_in, d_out = max(a.shape[1] for a, _ in pairs), max(b.shape[0] for _, b in pairs)
+    a = torch.cat([F.pad(a, (0, d_in - a.shape[1])) for a, _ in pairs])
+    b = torch.cat([F.pad(b, (0, 0, 0, d_out - b.shape[0])) for _, b in pairs], dim=1)
+    return {"shared": {"A": a, "B": b}, **found}, len(pairs)
+
+
+def _pair(shared: Mapping[str, Mapping[str, torch.Tensor]], module: str, place: Place, rank: int) -> Pair:
+    """The matrices of the base model that a module lies in."""
+    base = max((base for base in shared if not base or module.startswith(f"{base}.")), key=len, default=None)
+    if base is None or shared[base].keys() != {"lora_A", "lora_B"}:
+        message = (
+            "the file lacks VeRA's shared matrices, which AdapterHub does not save from a base model class"
+        )
+        problem = Problem(
+            "shared-not-saved", message, place.host.address, hint="save from a class with a head"
+        )
+        raise FileFormatError(problem)
+    a, b = shared[base]["lora_A"], shared[base]["lora_B"]
+    wanted = (rank, place.d_in), (place.d_out, rank)
+    if (tuple(a.shape), tuple(b.shape)) != wanted:
+        message = f"the shared matrices have shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        raise FileFormatError(
+            Problem("other-shape", message, place.host.address, f"{wanted[0]} and {wanted[1]}")
+        )
+    return a, b

@@ -12,13 +12,14 @@ from adapterkit.files.adapterhub.places import Place
 from adapterkit.model.blueprint import Slot
 
 Tensors = Mapping[str, torch.Tensor]
+Units = dict[str, dict[str, torch.Tensor]]
+"""Address -> parameter of the unit there -> tensor."""
 
 
 def shapes(place: Place, theirs: LoRAFile) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that they keep at a place (adapters 1.3.0, methods/lora.py)."""
     blocks, rank = len(place.blocks), theirs.r
-    d_in = (place.host.shape or (0, 0))[1]
-    rows = blocks * place.length
+    d_in, rows = place.d_in, blocks * place.length
     found: dict[str, tuple[int, ...]] = {}
     match theirs.kind:
         case "ia3":
@@ -41,84 +42,64 @@ def shapes(place: Place, theirs: LoRAFile) -> dict[str, tuple[int, ...]]:
 def refusals(place: Place, theirs: LoRAFile) -> Iterator[Problem]:
     """What cannot be reproduced at a place."""
     if theirs.kind not in ("lora", "ia3") and (place.fused or (theirs.use_dora and place.host.transposed)):
-        # they crash, or ignore a part of the adapter without saying so
-        message = f"AdapterHub does not compute {theirs.kind} at fused or transposed matrices such as {place.host.path}"
+        # there they crash, or ignore a part of the adapter
+        message = f"AdapterHub does not compute {theirs.kind} at a matrix that is fused or transposed"
         yield Problem("unsupported-slot", message, place.host.address)
-    if theirs.use_gating and place.by_blocks:
-        message = f"the file has {len(place.blocks)} gates at {place.host.path}, each for a third of rows that is no role"
+    if theirs.use_gating and place.whole:
+        message = f"the file has {len(place.blocks)} gates here, each for a third of the rows that is no role"
         yield Problem("gated-blocks", message, place.host.address)
 
 
-def units(place: Place, theirs: LoRAFile, given: Tensors) -> dict[str, torch.Tensor]:
-    """Our tensors at a place by '<address>.<parameter>'; VeRA's d is as in the file."""
-    count = len(place.blocks)
+def units(place: Place, theirs: LoRAFile, given: Tensors) -> Units:
+    """What the tensors of a place are here; VeRA's d belongs to the matrices of the file, see `shared`."""
+    host = place.host.address
     match theirs.kind:
         case "ia3":
-            return _scales(place, theirs, given)
+            found = _scales(place, theirs, given["lora_B"].flatten())
         case "lora" | "dora":
-            found = _blockwise(place, given["lora_A"], given["lora_B"])
-            if theirs.use_gating:
-                for slot, weight, bias in zip(
-                    place.slots,
-                    given["gate.weight"].chunk(count),
-                    given["gate.bias"].chunk(count),
-                    strict=True,
-                ):
-                    found |= {f"{slot.address}.gate.weight": weight, f"{slot.address}.gate.bias": bias}
+            found = _products(place, given["lora_A"], given["lora_B"])
         case "vera" | "dvora":
-            d, b = (_diagonal(place.host, name, given[name]) for name in ("vera_D", "vera_B"))
-            found = _at(place.host, d=d, b=b)
+            found = {host: {name[-1].lower(): _diagonal(place.host, name, given[name]) for name in _VERA}}
         case "mtl_lora":
-            own = {
-                "A": given["lora_A"],
-                "B": given["lora_B"],
-                "L": given["task_specific.values"],
-                "w": given["weights"],
-            }
-            found = _at(place.host, **own)
-    return found | (_at(place.host, m=given["m.weight"].flatten()) if theirs.use_dora else {})
-
-
-def _at(slot: Slot, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{slot.address}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _blockwise(place: Place, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A and B of each role; or of the whole module, where B (rows, n * R) is zero outside the blocks."""
-    count = len(place.blocks)
-    parts = list(zip(place.blocks, a.chunk(count), b.chunk(count), strict=True))
-    if not place.by_blocks:
-        return {
-            k: v
-            for slot, (_, a, b) in zip(place.slots, parts, strict=True)
-            for k, v in _at(slot, A=a, B=b).items()
-        }
-    rank = b.shape[1]
-    whole = b.new_zeros((place.host.shape or (0, 0))[0], count * rank)
-    for i, (block, _, part) in enumerate(parts):
-        whole[block * place.length : (block + 1) * place.length, i * rank : (i + 1) * rank] = part
-    return _at(place.host, A=a, B=whole)
-
-
-def _scales(place: Place, theirs: LoRAFile, given: Tensors) -> dict[str, torch.Tensor]:
-    """The vectors of (IA)^3. In a fused module alpha scales the rows that have no vector, too."""
-    count = len(place.blocks)
-    parts = given["lora_B"].flatten().chunk(count)
-    if place.by_blocks:
-        whole = parts[0].new_ones((place.host.shape or (0, 0))[0])
-        for block, part in zip(place.blocks, parts, strict=True):
-            whole[block * place.length : (block + 1) * place.length] = part
-        return _at(place.host, scale=whole)
-    found = {f"{slot.address}.scale": part for slot, part in zip(place.slots, parts, strict=True)}
+            found = {host: {ours: given[name] for name, ours in _MTL_LORA.items()}}
+    if theirs.use_dora:
+        found[host]["m"] = given["m.weight"].flatten()
     if theirs.use_gating:
-        gates = zip(
-            place.slots, given["gate.weight"].chunk(count), given["gate.bias"].chunk(count), strict=True
-        )
-        for slot, weight, bias in gates:
-            found |= {f"{slot.address}.gate.weight": weight, f"{slot.address}.gate.bias": bias}
-    elif theirs.alpha != 1:
-        found |= {f"{slot.address}.scale": parts[0].new_ones(place.length) for slot in place.others}
+        for name in ("gate.weight", "gate.bias"):
+            for slot, part in zip(place.slots, given[name].chunk(len(place.blocks)), strict=True):
+                found[slot.address][name] = part
     return found
+
+
+_VERA = ("vera_D", "vera_B")
+_MTL_LORA = {"lora_A": "A", "lora_B": "B", "task_specific.values": "L", "weights": "w"}
+
+
+def _products(place: Place, a: torch.Tensor, b: torch.Tensor) -> Units:
+    """A and B of each role; or of the whole module, where B (rows, n * R) is zero outside the blocks."""
+    count, rank = len(place.blocks), b.shape[1]
+    parts = b.chunk(count)
+    if not place.whole:
+        return {
+            s.address: {"A": a, "B": b} for s, a, b in zip(place.slots, a.chunk(count), parts, strict=True)
+        }
+    whole = b.new_zeros(place.d_out, count * rank)
+    for number, (rows, part) in enumerate(zip(place.stretches, parts, strict=True)):
+        whole[rows, number * rank : (number + 1) * rank] = part
+    return {place.host.address: {"A": a, "B": whole}}
+
+
+def _scales(place: Place, theirs: LoRAFile, vector: torch.Tensor) -> Units:
+    """The vectors of (IA)^3. In a fused module alpha scales the rows that have no vector, too."""
+    parts = vector.chunk(len(place.blocks))
+    if place.whole:
+        whole = vector.new_ones(place.d_out)
+        for rows, part in zip(place.stretches, parts, strict=True):
+            whole[rows] = part
+        return {place.host.address: {"scale": whole}}
+    scaled = () if theirs.use_gating or theirs.alpha == 1 else place.others
+    found = {slot.address: {"scale": part} for slot, part in zip(place.slots, parts, strict=True)}
+    return found | {slot.address: {"scale": vector.new_ones(place.length)} for slot in scaled}
 
 
 def _diagonal(slot: Slot, name: str, matrix: torch.Tensor) -> torch.Tensor:
@@ -128,8 +109,6 @@ def _diagonal(slot: Slot, name: str, matrix: torch.Tensor) -> torch.Tensor:
     """
     vector = matrix.diagonal()
     if not torch.equal(matrix, torch.diag(vector)):
-        message = (
-            f"{name} is no diagonal matrix; VeRA has a vector there, so that the file cannot be reproduced"
-        )
+        message = f"{name} is not diagonal; VeRA has a vector there, which cannot hold the other entries"
         raise FileFormatError(Problem("full-vera", message, slot.address))
     return vector.clone()
