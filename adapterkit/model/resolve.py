@@ -2,109 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from adapterkit.errors import Problem, ResolveError, SpecError, listing
-from adapterkit.model import layouts, linear
-from adapterkit.model.blueprint import Blueprint, Head, Slot, StackInfo
+from adapterkit.model.bind import add_place, add_slot, bind_layer
+from adapterkit.model.blueprint import Blueprint, Head, StackInfo
 from adapterkit.model.heads import find_heads
+from adapterkit.model.scope import Draft, Found, Here, Scope
 from adapterkit.model.walk import child, expand, join, missing, named_parameters
 from adapterkit.spec import registry
-from adapterkit.spec.schema import Attention, Interface, Layer, Mlp, Path, Stack, Sublayer
-from adapterkit.spec.text import Loc
-
-_MISSING = object()
-_ROLES: dict[str, tuple[str, ...]] = {
-    "attention": ("q", "k", "v", "o"),
-    "cross_attention": ("q", "k", "v", "o"),
-    "mlp": ("gate", "up", "down"),
-}
-# attributes under which attention modules keep head counts, where no config shows them
-_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A module that a path of the spec named."""
-
-    module: nn.Module
-    path: str
-    said: Path
+from adapterkit.spec.schema import Interface, Path, Stack
 
 
 @dataclass
-class _Draft:
-    """What is gathered for one stack; thrown away if an alternative does not fit."""
+class _Gathered:
+    """What all scopes of a model have given so far."""
 
-    slots: dict[str, Slot] = field(default_factory=dict)
-    places: dict[str, Slot] = field(default_factory=dict)
-    problems: dict[tuple[Loc, str], Callable[[], Problem]] = field(default_factory=dict)
-    """Made only when they are shown: an alternative that does not fit is no error, and finding hints takes time."""
-    presence: dict[tuple[Loc, str], set[bool]] = field(default_factory=dict)
-    kernels: dict[str, Any] = field(default_factory=dict)
-    eager: dict[str, str | None] = field(default_factory=dict)
-    sizes: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
-
-    def absorb(self, other: _Draft) -> None:
-        self.slots |= other.slots
-        self.places |= other.places
-        self.problems |= {key: p for key, p in other.problems.items() if key not in self.problems}
-        for key, seen in other.presence.items():
-            self.presence.setdefault(key, set()).update(seen)
-        self.kernels |= other.kernels
-        self.eager |= other.eager
-        self.sizes |= other.sizes
-
-
-class _Scope:
-    """One model with one interface: the whole model, or a part of it."""
-
-    def __init__(self, interface: Interface, model: nn.Module, path: str, prefix: str, by_default: bool) -> None:
-        self.interface = interface
-        self.model = model
-        self.path = path
-        self.prefix = prefix
-        self.by_default = by_default
-        self.config = getattr(model, "config", None)
-        self.base, self.base_path = _base_of(model, path)
-        self.classes = {cls.__name__ for cls in chain(type(model).__mro__, type(self.base).__mro__)}
-
-    def problem(self, loc: Loc, code: str, message: str, expected: str = "", hint: str = "") -> Problem:
-        mark = self.interface.mark(loc)
-        place = {"file": mark.file, "line": mark.line, "column": mark.column} if mark else {}
-        return Problem(code, message, ".".join(map(str, loc)), expected, hint, **place)
-
-    def holds(self, when: Mapping[str, Any] | None, config: Any, loc: Loc, draft: _Draft) -> bool:
-        """Whether every field of `when` has its value in the config."""
-        for name, value in (when or {}).items():
-            actual = getattr(config, name, _MISSING)
-            if actual is _MISSING:
-                known = sorted(key for key in vars(config) if not key.startswith("_")) if config is not None else []
-                self.note(draft, (*loc, "when"), "unknown-config-field", f"the config has no field {name!r}", listing(known))
-                return False
-            if actual != value or isinstance(actual, bool) != isinstance(value, bool):
-                return False
-        return True
-
-    def note(self, draft: _Draft, loc: Loc, code: str, message: str, expected: str = "", hint: str = "") -> None:
-        self.note_lazily(draft, loc, code, lambda: (message, expected, hint))
-
-    def note_lazily(self, draft: _Draft, loc: Loc, code: str, facts: Callable[[], tuple[str, str, str]]) -> None:
-        # the same fact on every layer is one problem
-        draft.problems.setdefault((loc, code), lambda: self.problem(loc, code, *facts()))
-
-
-def _base_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The model without its head, and its path: what transformers calls `base_model`."""
-    prefix = getattr(model, "base_model_prefix", None)
-    inner = model._modules.get(prefix) if isinstance(prefix, str) and prefix else None
-    return (inner, join(path, str(prefix))) if inner is not None else (model, path)
+    draft: Draft = field(default_factory=Draft)
+    stacks: dict[str, StackInfo] = field(default_factory=dict)
+    claimed: list[nn.Module] = field(default_factory=list)
+    output_path: list[nn.Module] = field(default_factory=list)
+    poolers: list[Head] = field(default_factory=list)
+    heads: list[tuple[str, nn.Module]] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)
 
 
 def locate(model: nn.Module) -> tuple[nn.Module, str]:
@@ -153,100 +77,88 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
     Raises: ResolveError: with everything that does not fit; SpecError: the interface itself has problems.
     """
     spec = interface_of(model, interface)
-    inner, path = locate(model) if spec.model_type and hasattr_config(model) else (model, "")
-    draft = _Draft()
-    stacks: dict[str, StackInfo] = {}
-    claimed: list[nn.Module] = []
-    through: list[nn.Module] = []
-    poolers: list[Head] = []
-    named_heads: list[Found] = []
-    unsupported: dict[str, str] = {}
-    _resolve_scope(_Scope(spec, inner, path, "", True), draft, stacks, claimed, through, poolers, named_heads, unsupported)
-    if draft.problems:
-        raise ResolveError(make() for make in draft.problems.values())
-    heads = find_heads(model, claimed, through, [(f.path, f.module) for f in named_heads])
+    inner, path = locate(model) if spec.model_type and _holds_transformers_model(model) else (model, "")
+    found = _Gathered()
+    _resolve_scope(Scope(spec, inner, path, "", True), found)
+    if found.draft.problems:
+        raise ResolveError(make() for make in found.draft.problems.values())
     return Blueprint(
         interface=spec,
         interface_name=registry.name_of(spec) or "custom",
         model=model,
-        slots=draft.slots,
-        places=draft.places,
-        stacks=stacks,
-        heads=heads,
-        poolers=tuple(poolers),
+        slots=found.draft.slots,
+        places=found.draft.places,
+        stacks=found.stacks,
+        heads=find_heads(model, found.claimed, found.output_path, found.heads),
+        poolers=tuple(found.poolers),
         parameters=sum(parameter.numel() for _, parameter in named_parameters(model)),
-        unsupported=unsupported,
+        unsupported=found.unsupported,
     )
 
 
-def hasattr_config(model: nn.Module) -> bool:
-    """Whether a transformers model is somewhere at or in `model`."""
+def _holds_transformers_model(model: nn.Module) -> bool:
     if hasattr(getattr(model, "config", None), "model_type"):
         return True
     return any(hasattr(module.__dict__.get("config"), "model_type") for module in model.modules())
 
 
-def _resolve_scope(
-    scope: _Scope,
-    draft: _Draft,
-    stacks: dict[str, StackInfo],
-    claimed: list[nn.Module],
-    through: list[nn.Module],
-    poolers: list[Head],
-    named_heads: list[Found],
-    unsupported: dict[str, str],
-) -> None:
+def _resolve_scope(scope: Scope, found: _Gathered) -> None:
     """Resolve the stacks and the parts of one scope."""
-    unsupported.update(scope.interface.unsupported)
+    found.unsupported |= scope.interface.unsupported
     output = _quietly(getattr(scope.model, "get_output_embeddings", None))
-    if scope.base is not scope.model:
-        claimed.append(scope.base)
-    for name, stack in scope.interface.stacks.items():
-        if stack.present_in is not None and not scope.classes & set(stack.present_in):
-            continue
-        config = _sub_config(scope, stack.config)
-        loc: Loc = ("stacks", name)
-        if stack.when and not scope.holds(stack.when, config, loc, draft):
-            continue
-        info, found = _best(
-            [_try_stack(scope, name, stack, at, config) for at in _alternatives(scope, stack.at, config, loc, draft)],
-            scope,
-            loc,
-        )
-        draft.absorb(found)
-        if info is None:
-            continue
-        stacks[info.address] = info
-        claimed.append(info.root)
-        for which in ("embeddings.table", "embeddings.out"):
-            if f"{info.address}.{which}" in found.places:
-                claimed.append(found.places[f"{info.address}.{which}"].module)
-        if f"{info.address}.pooler" in found.places:
-            place = found.places[f"{info.address}.pooler"]
-            poolers.append(Head(place.address, place.path, place.module))
-        through += _output_path(scope, stack, output)
     table = _quietly(getattr(scope.model, "get_input_embeddings", None))
-    claimed += [found for found in (table,) if found is not None]
-    through += [found for found in (output,) if found is not None]
+    if scope.base is not scope.model:
+        found.claimed.append(scope.base)
+    for name, stack in scope.interface.stacks.items():
+        here = Here(scope, found.draft, scope.base, scope.base_path, scope.sub_config(stack.config), ("stacks", name))
+        absent = stack.present_in is not None and not scope.classes & set(stack.present_in)
+        if absent or not here.holds(stack.when):
+            continue
+        info = _resolve_stack(here, name, stack)
+        if info is not None:
+            found.stacks[info.address] = info
+            _claim(found, info)
+            found.output_path += _output_path(scope, stack, output)
+    found.claimed += [module for module in (table,) if module is not None]
+    found.output_path += [module for module in (output,) if module is not None]
+    outer = Here(scope, found.draft, scope.model, scope.path, scope.config, ("heads",))
     for index, said in enumerate(scope.interface.heads):
-        found_head = _find(scope, said, scope.model, scope.path, scope.config, ("heads", index), draft)
-        if found_head is not None:
-            named_heads.append(found_head)
+        head = outer.find(said, index)
+        if head is not None:
+            found.heads.append((head.path, head.module))
+    _resolve_parts(scope, found)
+
+
+def _claim(found: _Gathered, info: StackInfo) -> None:
+    """What a stack speaks of is no head; its pooler is kept in mind."""
+    found.claimed.append(info.root)
+    for word in ("embeddings.table", "embeddings.out"):
+        if f"{info.address}.{word}" in found.draft.places:
+            found.claimed.append(found.draft.places[f"{info.address}.{word}"].module)
+    pooler = found.draft.places.get(f"{info.address}.pooler")
+    if pooler is not None:
+        found.poolers.append(Head(pooler.address, pooler.path, pooler.module))
+
+
+def _resolve_parts(scope: Scope, found: _Gathered) -> None:
+    """Each part is a scope of its own, with the interface of its own model type."""
     for name, part in scope.interface.parts.items():
-        loc = ("parts", name)
-        found = _find(scope, part.at, scope.base, scope.base_path, scope.config, (*loc, "at"), draft)
-        if found is None:
+        here = Here(scope, found.draft, scope.base, scope.base_path, scope.config, ("parts", name))
+        module = here.find(part.at, "at")
+        if module is None:
             continue
-        claimed.append(found.module)
-        part_config = getattr(found.module, "config", None) or _sub_config(scope, part.config)
+        found.claimed.append(module.module)
+        config = getattr(module.module, "config", None) or scope.sub_config(part.config)
         try:
-            spec = registry.by_name(part_config.model_type)
+            spec = registry.by_name(config.model_type)
         except (SpecError, AttributeError):
-            kind = getattr(part_config, "model_type", "without a model type")
-            scope.note(draft, loc, "no-interface", f"there is no interface for the part, a model of type {kind!r}")
+            kind = getattr(config, "model_type", "without a model type")
+            here.note("no-interface", f"there is no interface for the part, a model of type {kind!r}")
             continue
-        inner = _Scope(spec, found.module, found.path, f"{scope.prefix}{name}/", scope.by_default and part.by_default)
-        _resolve_scope(inner, draft, stacks, claimed, [], poolers, [], unsupported)
+        inner = Scope(spec, module.module, module.path, f"{scope.prefix}{name}/", scope.by_default and part.by_default)
+        inside = _Gathered(found.draft, found.stacks, found.claimed, poolers=found.poolers)
+        _resolve_scope(inner, inside)
+        found.unsupported |= inside.unsupported
 
 
 def _quietly(getter: Callable[[], Any] | None) -> nn.Module | None:
@@ -258,12 +170,7 @@ def _quietly(getter: Callable[[], Any] | None) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _sub_config(scope: _Scope, name: str | None) -> Any:
-    # a tower that stands alone has its own config as the model's config
-    return getattr(scope.config, name, scope.config) if name else scope.config
-
-
-def _output_path(scope: _Scope, stack: Stack, output: nn.Module | None) -> list[nn.Module]:
+def _output_path(scope: Scope, stack: Stack, output: nn.Module | None) -> list[nn.Module]:
     """Modules between the last states and the vocabulary, in a class that has a vocabulary; each has some of them."""
     said = stack.unembed
     if said is None or (output is None and said.path is None):
@@ -272,77 +179,68 @@ def _output_path(scope: _Scope, stack: Stack, output: nn.Module | None) -> list[
     return [found for found in (child(scope.model, name) for name in names) if found is not None]
 
 
-def _alternatives(scope: _Scope, at: Path | None, config: Any, loc: Loc, draft: _Draft) -> list[Found]:
-    """Roots the stack may have; the one below which everything is found is taken."""
+def _resolve_stack(here: Here, name: str, stack: Stack) -> StackInfo | None:
+    """The one root below which everything is found; else the problems of the nearest."""
+    tried = [_try_stack(here, name, stack, root) for root in _roots(here, stack.at)]
+    complete = [(info, draft) for info, draft in tried if not draft.problems]
+    if len(complete) == 1:
+        here.draft.absorb(complete[0][1])
+        return complete[0][0]
+    if complete:
+        paths = listing(info.path or "." for info, _ in complete)
+        here.note("ambiguous", f"more than one alternative fits: {paths}", "exactly one")
+    elif tried:
+        nearest = min((draft for _, draft in tried), key=lambda draft: len(draft.problems))
+        here.draft.absorb(Draft(problems=nearest.problems))
+    return None
+
+
+def _roots(here: Here, at: Path | None) -> list[Found]:
+    """Roots the stack may have."""
     if at is None:
-        return [Found(scope.base, scope.base_path, Path(path="."))]
+        return [Found(here.root, here.path, Path(path="."))]
     options = at.any_of or (at,)
-    found = []
-    for option in options:
-        module = child(scope.base, str(option.path))
-        if module is not None:
-            found.append(Found(module, join(scope.base_path, str(option.path)), option))
+    modules = ((option, child(here.root, str(option.path))) for option in options)
+    found = [Found(m, join(here.path, str(option.path)), option) for option, m in modules if m is not None]
     if not found:
-        fact, expected, hint = missing(scope.base, str(options[0].path))
-        scope.note(draft, (*loc, "at"), "path-not-found", fact, expected, hint)
+        here.at("at").note_lazily("path-not-found", lambda: missing(here.root, str(options[0].path)))
     return found
 
 
-def _best(
-    tried: list[tuple[StackInfo, _Draft]], scope: _Scope, loc: Loc
-) -> tuple[StackInfo | None, _Draft]:
-    """The one alternative without problems; else the problems of the nearest."""
-    complete = [attempt for attempt in tried if not attempt[1].problems]
-    if len(complete) == 1:
-        return complete[0]
-    draft = _Draft()
-    if complete:
-        paths = listing(info.path or "." for info, _ in complete)
-        scope.note(draft, loc, "ambiguous", f"more than one alternative fits: {paths}", "exactly one")
-    elif tried:
-        draft.problems = min((attempt[1] for attempt in tried), key=lambda d: len(d.problems)).problems
-    return None, draft
-
-
-def _try_stack(scope: _Scope, name: str, stack: Stack, at: Found, config: Any) -> tuple[StackInfo, _Draft]:
+def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[StackInfo, Draft]:
     """Resolve one stack below one possible root."""
-    draft, loc = _Draft(), ("stacks", name)
-    address, root, path = scope.prefix + name, at.module, at.path
-    layers = _layers(scope, stack, root, draft, (*loc, "layers"))
-    places = {
-        "entry": stack.entry,
-        "exit": stack.exit,
-        "final_norm": stack.final_norm,
-        "pooler": stack.pooler,
-        "embeddings.table": stack.embeddings.table if stack.embeddings else None,
-        "embeddings.out": stack.embeddings.out if stack.embeddings else None,
-    }
-    for word, said in places.items():
-        found = said and _find(scope, said, root, path, config, (*loc, *word.split(".")), draft)
+    scope, draft = outer.scope, Draft()
+    here = replace(
+        outer, draft=draft, root=root.module, path=root.path, stack=scope.prefix + name, batch=stack.batch
+    )
+    for word, said in _stack_places(stack).items():
+        found = here.find(said, *word.split("."))
         if found:
-            _place(draft, f"{address}.{word}", address, None, None, found, stack.batch)
+            add_place(here, f"{here.address}.{word}", found)
     for extra, said in stack.extra.items():
-        found = _find(scope, said, root, path, config, (*loc, "extra", extra), draft)
+        found = here.find(said, "extra", extra)
         if found:
-            _slot(scope, draft, f"{address}.{extra}", extra, address, None, None, found, (*loc, "extra", extra))
-    kinds = _kinds(scope, stack, config, len(layers), loc, draft)
-    for index, (layer_path, layer) in enumerate(layers):
-        kind = kinds[index] if kinds else None
-        _resolve_layer(scope, draft, stack, kind, address, index, layer, join(path, layer_path), config, loc)
-    for (where, word), seen in draft.presence.items():
+            add_slot(here.at("extra", extra), extra, found)
+    layers = _layers(here.at("layers"), stack)
+    kinds = _kinds(here.at("kinds"), stack, len(layers))
+    for index, (path, layer) in enumerate(layers):
+        inside = replace(here, root=layer, path=join(here.path, path), layer=index)
+        bind_layer(inside, stack, kinds[index] if kinds else None)
+    for (loc, word), seen in draft.presence.items():
         if len(seen) > 1:
-            scope.note(draft, where, "partial", f"'{word}' is optional, but some layers have it and some have not")
+            message = f"'{word}' is optional, but some layers have it and some have not"
+            replace(here, loc=loc).note("partial", message)
     info = StackInfo(
-        address=address,
-        interface=scope.interface,
-        root=root,
-        path=path,
+        address=here.address,
+        root=root.module,
+        path=root.path,
         num_layers=len(layers),
         layers=tuple(module for _, module in layers),
         inputs=stack.inputs,
         parallel=stack.block == "parallel",
         reads=stack.reads,
         by_default=scope.by_default,
+        interface=scope.interface,
         kernels=draft.kernels,
         eager=draft.eager,
         sizes=draft.sizes,
@@ -350,298 +248,46 @@ def _try_stack(scope: _Scope, name: str, stack: Stack, at: Found, config: Any) -
     return info, draft
 
 
-def _layers(scope: _Scope, stack: Stack, root: nn.Module, draft: _Draft, loc: Loc) -> list[tuple[str, nn.Module]]:
+def _stack_places(stack: Stack) -> dict[str, Path | None]:
+    """Named places of a stack outside its layers."""
+    return {
+        "entry": stack.entry,
+        "exit": stack.exit,
+        "final_norm": stack.final_norm,
+        "pooler": stack.pooler,
+        "embeddings.table": stack.embeddings.table if stack.embeddings else None,
+        "embeddings.out": stack.embeddings.out if stack.embeddings else None,
+    }
+
+
+def _layers(here: Here, stack: Stack) -> list[tuple[str, nn.Module]]:
     """Path and module of every layer; one that is used at several depths counts once."""
-    found = [(pattern, expand(root, pattern)) for pattern in stack.layers.names()]
+    found = [(pattern, expand(here.root, pattern)) for pattern in stack.layers.names()]
     existing = [(pattern, layers) for pattern, layers in found if layers]
     if len(existing) == 1:
         return list({id(module): (path, module) for path, module in existing[0][1]}.values())
     if existing:
-        scope.note(draft, loc, "ambiguous", f"more than one list exists: {listing(p for p, _ in existing)}", "exactly one")
+        here.note("ambiguous", f"more than one list exists: {listing(p for p, _ in existing)}", "exactly one")
         return []
     top = found[0][0].split(".*")[0]
-    fact, expected, hint = missing(root, top)
-    if child(root, top) is not None:
-        fact, hint = f"{found[0][0]!r} holds no layers", ""
-    scope.note(draft, loc, "path-not-found", fact, expected, hint)
+    if child(here.root, top) is not None:
+        here.note("path-not-found", f"{found[0][0]!r} holds no layers")
+    else:
+        here.note_lazily("path-not-found", lambda: missing(here.root, top))
     return []
 
 
-def _kinds(scope: _Scope, stack: Stack, config: Any, count: int, loc: Loc, draft: _Draft) -> list[str] | None:
+def _kinds(here: Here, stack: Stack, count: int) -> list[str] | None:
     """Kind of every layer, None for a stack of one kind."""
     if stack.kinds is None:
         return None
-    values = getattr(config, stack.kinds.by, None)
-    where = (*loc, "kinds", "by")
+    by = stack.kinds.by
+    values = getattr(here.config, by, None)
     if not isinstance(values, list | tuple) or len(values) != count:
-        scope.note(draft, where, "unknown-config-field", f"config field {stack.kinds.by!r} does not list {count} layers")
+        here.note("unknown-config-field", f"config field {by!r} does not list {count} layers", word="by")
         return None
     unknown = sorted(set(values) - stack.kinds.of.keys())
     if unknown:
-        scope.note(draft, where, "unknown-kind", f"layers of kind {listing(unknown)}", listing(stack.kinds.of))
+        here.note("unknown-kind", f"layers of kind {listing(unknown)}", listing(stack.kinds.of), word="by")
         return None
     return [str(value) for value in values]
-
-
-def _resolve_layer(
-    scope: _Scope,
-    draft: _Draft,
-    stack: Stack,
-    kind: str | None,
-    stack_address: str,
-    index: int,
-    layer: nn.Module,
-    path: str,
-    config: Any,
-    loc: Loc,
-) -> None:
-    address = f"{stack_address}.{index}"
-    own: Layer | None = stack.kinds.of[kind] if stack.kinds and kind is not None else None
-    _place(draft, f"{address}.layer", stack_address, index, None, Found(layer, path, Path(path=".")), stack.batch)
-    if stack.shared_norm is not None:
-        found = _find(scope, stack.shared_norm, layer, path, config, (*loc, "shared_norm"), draft)
-        if found:
-            _place(draft, f"{address}.norm.before", stack_address, index, None, found, stack.batch)
-    for word in _ROLES:
-        special = own is not None and word in own.model_fields_set
-        sublayer: Sublayer | None = getattr(own if special else stack, word)
-        if sublayer is None:
-            continue
-        where = (*loc, "kinds", "of", str(kind), word) if special else (*loc, word)
-        _resolve_sublayer(scope, draft, sublayer, word, stack_address, index, layer, path, config, where, stack.batch)
-
-
-def _resolve_sublayer(
-    scope: _Scope,
-    draft: _Draft,
-    sublayer: Sublayer,
-    word: str,
-    stack: str,
-    index: int,
-    layer: nn.Module,
-    path: str,
-    config: Any,
-    loc: Loc,
-    batch: str | None,
-) -> None:
-    """One branch of one layer, through its alternatives."""
-    wanted = scope.holds(sublayer.when, config, loc, draft)
-    if sublayer.any_of is None:
-        attempts = [(loc, sublayer)]
-    else:
-        numbered = [((*loc, "any_of", i), option) for i, option in enumerate(sublayer.any_of)]
-        attempts = [(w, o) for w, o in numbered if o.when is None or scope.holds(o.when, config, w, draft)]
-    tried = []
-    for where, option in attempts:
-        trial = _Draft()
-        _bind_sublayer(scope, trial, option, word, stack, index, layer, path, config, where, batch)
-        tried.append(trial)
-    complete = [trial for trial in tried if not trial.problems]
-    if not wanted:
-        if complete and sublayer.when:
-            values = ", ".join(f"{key}: {value}" for key, value in sublayer.when.items())
-            scope.note(draft, (*loc, "when"), "present", f"{word} exists although the config does not say {values}")
-        return
-    if sublayer.optional is not None:
-        draft.presence.setdefault((loc, word), set()).add(bool(complete))
-        if not complete and all(_absent(trial) for trial in tried):
-            return
-    if len(complete) == 1:
-        draft.absorb(complete[0])
-    elif complete:
-        scope.note(draft, (*loc, "any_of"), "ambiguous", "more than one alternative fits", "exactly one on each layer")
-    elif tried:
-        draft.absorb(min(tried, key=lambda trial: len(trial.problems)))
-    else:
-        scope.note(draft, (*loc, "any_of"), "no-alternative", "no alternative's 'when' holds for this config")
-
-
-def _absent(trial: _Draft) -> bool:
-    """Nothing of an optional sublayer is there, so that it is absent rather than misspelt."""
-    return not trial.slots
-
-
-def _bind_sublayer(
-    scope: _Scope,
-    draft: _Draft,
-    said: Sublayer,
-    word: str,
-    stack: str,
-    index: int,
-    layer: nn.Module,
-    path: str,
-    config: Any,
-    loc: Loc,
-    batch: str | None,
-) -> None:
-    address = f"{stack}.{index}.{word}"
-
-    def find(spec: Path | None, *names: str) -> Found | None:
-        return _find(scope, spec, layer, path, config, (*loc, *names), draft) if spec is not None else None
-
-    core = find(said.core, "core") if isinstance(said, Attention) else None
-    for name, spec in _points(said):
-        found = core if name == "core" else find(spec, *name.split("."))
-        if found:
-            _place(draft, f"{address}.{name}", stack, index, word, found, spec.batch or batch)
-    for role in _ROLES[word]:
-        found = find(getattr(said, role, None), role)
-        if found:
-            _slot(scope, draft, f"{address}.{role}", role, stack, index, word, found, (*loc, role))
-    for extra, spec in said.extra.items():
-        found = find(spec, "extra", extra)
-        if found:
-            _slot(scope, draft, f"{address}.{extra}", extra, stack, index, word, found, (*loc, "extra", extra))
-    heads = _head_counts(said, core, config)
-    if isinstance(said, Attention):
-        draft.kernels[word], draft.eager[word], draft.sizes[word] = said.kernel, said.eager, heads
-    if said.fused is not None:
-        host = find(said.fused.path, "fused", "path")
-        if host:
-            _fused(scope, draft, said, address, stack, index, word, host, heads, (*loc, "fused"))
-
-
-def _points(said: Sublayer) -> Iterable[tuple[str, Path]]:
-    """Named places of a sublayer that are no linear maps."""
-    named = [("core", getattr(said, "core", None)), ("out", said.out), ("tail", said.tail)]
-    named.append(("own_adapter", said.own_adapter))
-    if said.norm is not None:
-        named += [(f"norm.{place}", getattr(said.norm, place)) for place in ("before", "after", "after_residual")]
-    return ((name, spec) for name, spec in named if spec is not None)
-
-
-def _find(
-    scope: _Scope, said: Path, root: nn.Module, path: str, config: Any, loc: Loc, draft: _Draft
-) -> Found | None:
-    """The module that a path of the spec names below `root`; problems go to `draft`."""
-    wanted = said.when is None or scope.holds(said.when, config, loc, draft)
-    options = said.any_of or (said,)
-    found = []
-    for option in options:
-        if option is not said and option.when is not None and not scope.holds(option.when, config, loc, draft):
-            continue
-        module = child(root, str(option.path))
-        if module is not None:
-            found.append(Found(module, join(path, str(option.path)), said))
-    if said.optional is not None and wanted:
-        draft.presence.setdefault((loc, str(loc[-1])), set()).add(bool(found))
-    if not wanted:
-        if found:
-            values = ", ".join(f"{key}: {value}" for key, value in (said.when or {}).items())
-            scope.note(draft, (*loc, "when"), "present", f"{found[0].path!r} exists although the config does not say {values}")
-        return None
-    if len({id(f.module) for f in found}) > 1:
-        names = listing(f.path for f in found)
-        scope.note(draft, loc, "ambiguous", f"more than one alternative exists: {names}", "exactly one")
-        return None
-    if not found and said.optional is None:
-        scope.note_lazily(draft, loc, "path-not-found", lambda: _not_found(root, options))
-    return found[0] if found else None
-
-
-def _not_found(root: nn.Module, options: Sequence[Path]) -> tuple[str, str, str]:
-    """(fact, expected, hint) about a path that does not exist."""
-    fact, expected, hint = missing(root, str(options[0].path))
-    tried = f"none of {listing(repr(o.path) for o in options)} exists; " if len(options) > 1 else ""
-    return tried + fact, expected, hint
-
-
-def _place(
-    draft: _Draft, address: str, stack: str, layer: int | None, sublayer: str | None, found: Found, batch: str | None
-) -> None:
-    role = address.rpartition(".")[2]
-    draft.places[address] = Slot(address, role, stack, layer, sublayer, found.module, found.path, batch=batch or "first")
-
-
-def _slot(
-    scope: _Scope,
-    draft: _Draft,
-    address: str,
-    role: str,
-    stack: str,
-    layer: int | None,
-    sublayer: str | None,
-    found: Found,
-    loc: Loc,
-) -> Slot | None:
-    """Add a linear slot. A weight that is used without calling its module cannot be adapted and is refused."""
-    size = linear.shape(found.module)
-    if size is None:
-        what = f"{found.path} is a {type(found.module).__name__}"
-        scope.note(draft, loc, "not-linear", what, "a linear map: Linear, Conv1D or one of their quantised kinds")
-        return None
-    owner = _parent(scope.model, found.path, scope.path)
-    if isinstance(owner, nn.MultiheadAttention):
-        what = f"{found.path} belongs to nn.MultiheadAttention, which uses its weight without calling it"
-        scope.note(draft, loc, "weight-without-call", what, "a module that is called in the forward pass")
-        return None
-    slot = Slot(
-        address,
-        role,
-        stack,
-        layer,
-        sublayer,
-        found.module,
-        found.path,
-        size,
-        None,
-        linear.is_transposed(found.module),
-        found.said.batch or "first",
-        found.said.was,
-    )
-    draft.slots[address] = slot
-    return slot
-
-
-def _parent(model: nn.Module, path: str, model_path: str) -> nn.Module | None:
-    below = path[len(model_path) + 1 :] if model_path else path
-    return child(model, below.rpartition(".")[0]) if "." in below else model
-
-
-def _fused(
-    scope: _Scope,
-    draft: _Draft,
-    said: Sublayer,
-    address: str,
-    stack: str,
-    index: int,
-    word: str,
-    host: Found,
-    heads: tuple[int | None, int | None],
-    loc: Loc,
-) -> None:
-    """The fused matrix as a slot of its own, and each of its roles as a stretch of its rows."""
-    assert said.fused is not None
-    whole = _slot(scope, draft, f"{address}.fused", "fused", stack, index, word, host, (*loc, "path"))
-    if whole is None or whole.shape is None:
-        return
-    try:
-        rows = layouts.split(whole.shape[0], said.fused.layout, said.fused.order, *heads)
-    except ValueError as error:
-        scope.note(draft, loc, "bad-layout", f"{host.path}: {error}", "rows as 'layout' and 'order' say", "see 'sizes'")
-        return
-    for role, stretch in rows.items():
-        draft.slots[f"{address}.{role}"] = replace(
-            whole, address=f"{address}.{role}", role=role, shape=(stretch.total, whole.shape[1]), rows=stretch
-        )
-
-
-def _head_counts(said: Sublayer, core: Found | None, config: Any) -> tuple[int | None, int | None]:
-    """(query heads, key/value heads): what the spec says, else what config or core show."""
-    if isinstance(said, Mlp):
-        return None, None
-    sizes = getattr(said, "sizes", None)
-    holders = [holder for holder in (config, core.module if core else None) if holder is not None]
-
-    def look(declared: int | str | None, usual: tuple[str, ...]) -> int | None:
-        if isinstance(declared, int):
-            return declared
-        for holder in holders:
-            for name in (declared,) if declared else usual:
-                value = getattr(holder, name, None)
-                if isinstance(value, int):
-                    return value
-        return None
-
-    heads = look(getattr(sizes, "heads", None), _HEADS)
-    return heads, look(getattr(sizes, "kv_heads", None), _KV_HEADS) or heads

@@ -1,0 +1,180 @@
+"""Binding what the spec says of a layer to the modules of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from adapterkit.model import layouts, linear
+from adapterkit.model.blueprint import Slot
+from adapterkit.model.scope import Draft, Found, Here
+from adapterkit.model.walk import child
+from adapterkit.spec.schema import Attention, Layer, Path, Stack, Sublayer
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "attention": ("q", "k", "v", "o"),
+    "cross_attention": ("q", "k", "v", "o"),
+    "mlp": ("gate", "up", "down"),
+}
+# attributes under which attention modules keep head counts, where no config shows them
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+
+
+def bind_layer(here: Here, stack: Stack, kind: str | None) -> None:
+    """Bind one layer; `here.root` is the layer."""
+    own: Layer | None = stack.kinds.of[kind] if stack.kinds and kind is not None else None
+    add_place(here, f"{here.address}.layer", Found(here.root, here.path, Path(path=".")))
+    shared = here.find(stack.shared_norm, "shared_norm")
+    if shared:
+        add_place(here, f"{here.address}.norm.before", shared)
+    for word in ROLES:
+        special = own is not None and word in own.model_fields_set
+        sublayer: Sublayer | None = getattr(own if special else stack, word)
+        if sublayer is not None:
+            inside = here.at("kinds", "of", str(kind), word) if special else here.at(word)
+            _choose(replace(inside, sublayer=word), sublayer)
+
+
+def _choose(here: Here, said: Sublayer) -> None:
+    """One branch of one layer, through its alternatives."""
+    if not here.holds(said.when):
+        # seen by its first name: nothing of it is needed
+        options = said.any_of or (said,)
+        if any(child(here.root, option.first) is not None for option in options if option.first):
+            here.unexpected(str(here.sublayer), said.when)
+        return
+    tried = []
+    for index, option in enumerate(said.any_of or (said,)):
+        place = here if option is said else here.at("any_of", index)
+        if option is not said and option.when is not None and not place.holds(option.when):
+            continue
+        trial = Draft()
+        _bind(place.drafting(trial), option)
+        tried.append(trial)
+    complete = [trial for trial in tried if not trial.problems]
+    if said.optional is not None:
+        here.draft.presence.setdefault((here.loc, str(here.sublayer)), set()).add(bool(complete))
+        # nothing of it is there: absent, not misspelt
+        if not complete and not any(trial.slots for trial in tried):
+            return
+    if len(complete) == 1:
+        here.draft.absorb(complete[0])
+    elif complete:
+        here.note("ambiguous", "more than one alternative fits", "exactly one on each layer", word="any_of")
+    elif tried:
+        here.draft.absorb(min(tried, key=lambda trial: len(trial.problems)))
+    else:
+        here.note("no-alternative", "no alternative's 'when' holds for this config", word="any_of")
+
+
+def _bind(here: Here, said: Sublayer) -> None:
+    core = here.find(said.core, "core") if isinstance(said, Attention) else None
+    for name, path in said.points:
+        found = core if name == "core" else here.find(path, *name.split("."))
+        if found:
+            add_place(here, f"{here.address}.{name}", found)
+    for role in ROLES[str(here.sublayer)]:
+        found = here.find(getattr(said, role, None), role)
+        if found:
+            add_slot(here.at(role), role, found)
+    for extra, path in said.extra.items():
+        found = here.find(path, "extra", extra)
+        if found:
+            add_slot(here.at("extra", extra), extra, found)
+    if isinstance(said, Attention):
+        word = str(here.sublayer)
+        here.draft.kernels[word], here.draft.eager[word] = said.kernel, said.eager
+        here.draft.sizes[word] = _head_counts(said, core, here.config)
+    if said.fused is not None:
+        host = here.find(said.fused.path, "fused", "path")
+        if host:
+            _bind_fused(here.at("fused"), said, host)
+
+
+def add_place(here: Here, address: str, found: Found) -> None:
+    """Name a place of the forward pass."""
+    batch = found.said.batch or here.batch or "first"
+    here.draft.places[address] = Slot(
+        address,
+        address.rpartition(".")[2],
+        here.stack,
+        here.layer,
+        here.sublayer,
+        found.module,
+        found.path,
+        batch=batch,
+        was=found.said.was,
+    )
+
+
+def add_slot(here: Here, role: str, found: Found) -> Slot | None:
+    """Add a linear slot. A weight that is used without calling its module cannot be adapted and is refused."""
+    size = linear.shape(found.module)
+    if size is None:
+        what = f"{found.path} is a {type(found.module).__name__}"
+        here.note("not-linear", what, "a linear map: Linear, Conv1D or one of their quantised kinds")
+        return None
+    if isinstance(_parent(here, found), nn.MultiheadAttention):
+        what = f"{found.path} belongs to nn.MultiheadAttention, which uses its weight without calling it"
+        here.note("weight-without-call", what, "a module that is called in the forward pass")
+        return None
+    slot = Slot(
+        f"{here.address}.{role}",
+        role,
+        here.stack,
+        here.layer,
+        here.sublayer,
+        found.module,
+        found.path,
+        size,
+        None,
+        linear.is_transposed(found.module),
+        found.said.batch or "first",
+        found.said.was,
+    )
+    here.draft.slots[slot.address] = slot
+    return slot
+
+
+def _parent(here: Here, found: Found) -> nn.Module | None:
+    above, _, _ = found.path.removeprefix(here.path).strip(".").rpartition(".")
+    return child(here.root, above) if above else here.root
+
+
+def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
+    """The fused matrix as a slot of its own, and each of its roles as a stretch of its rows."""
+    whole = add_slot(here.at("path"), "fused", host)
+    if whole is None or whole.shape is None or said.fused is None:
+        return
+    heads = here.draft.sizes.get(str(here.sublayer), (None, None))
+    try:
+        rows = layouts.split(whole.shape[0], said.fused.layout, said.fused.order, *heads)
+    except ValueError as error:
+        here.note("bad-layout", f"{host.path}: {error}", "rows as 'layout' and 'order' say", "see 'sizes'")
+        return
+    for role, stretch in rows.items():
+        here.draft.slots[f"{here.address}.{role}"] = replace(
+            whole, address=f"{here.address}.{role}", role=role, shape=(stretch.total, whole.shape[1]), rows=stretch
+        )
+
+
+def _head_counts(said: Attention, core: Found | None, config: Any) -> tuple[int | None, int | None]:
+    """(query heads, key/value heads): what the spec says, else what config or core show."""
+    holders = [holder for holder in (config, core.module if core else None) if holder is not None]
+
+    def look(declared: int | str | None, usual: tuple[str, ...]) -> int | None:
+        if isinstance(declared, int):
+            return declared
+        for holder in holders:
+            for name in (declared,) if declared else usual:
+                value = getattr(holder, name, None)
+                if isinstance(value, int):
+                    return value
+        return None
+
+    sizes = said.sizes
+    heads = look(sizes.heads if sizes else None, _HEADS)
+    return heads, look(sizes.kv_heads if sizes else None, _KV_HEADS) or heads

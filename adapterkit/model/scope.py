@@ -1,0 +1,175 @@
+"""Where resolving stands: the model or part at hand, what was found in it, what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from adapterkit.errors import Problem, listing
+from adapterkit.model.blueprint import Slot
+from adapterkit.model.walk import child, join, missing
+from adapterkit.spec.schema import Interface, Path
+from adapterkit.spec.text import Loc
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module that a path of the spec named."""
+
+    module: nn.Module
+    path: str
+    said: Path
+
+
+@dataclass
+class Draft:
+    """What is gathered for one stack; thrown away if an alternative does not fit."""
+
+    slots: dict[str, Slot] = field(default_factory=dict)
+    places: dict[str, Slot] = field(default_factory=dict)
+    problems: dict[tuple[Loc, str], Callable[[], Problem]] = field(default_factory=dict)
+    """Made only when they are shown: an alternative that does not fit is no error, and finding hints takes time."""
+    presence: dict[tuple[Loc, str], set[bool]] = field(default_factory=dict)
+    """Optional thing -> whether it was there, over all layers."""
+    kernels: dict[str, Any] = field(default_factory=dict)
+    eager: dict[str, str | None] = field(default_factory=dict)
+    sizes: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+
+    def absorb(self, other: Draft) -> None:
+        self.slots |= other.slots
+        self.places |= other.places
+        self.problems |= {key: p for key, p in other.problems.items() if key not in self.problems}
+        for key, seen in other.presence.items():
+            self.presence.setdefault(key, set()).update(seen)
+        self.kernels |= other.kernels
+        self.eager |= other.eager
+        self.sizes |= other.sizes
+
+
+class Scope:
+    """One model with one interface: the whole model, or a part of it."""
+
+    def __init__(self, interface: Interface, model: nn.Module, path: str, prefix: str, by_default: bool) -> None:
+        self.interface = interface
+        self.model = model
+        self.path = path
+        self.prefix = prefix
+        self.by_default = by_default
+        self.config = getattr(model, "config", None)
+        self.base, self.base_path = _base_of(model, path)
+        self.classes = {cls.__name__ for cls in chain(type(model).__mro__, type(self.base).__mro__)}
+
+    def sub_config(self, name: str | None) -> Any:
+        # a tower that stands alone has its own config as the model's config
+        return getattr(self.config, name, self.config) if name else self.config
+
+
+def _base_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The model without its head, and its path: what transformers calls `base_model`."""
+    prefix = getattr(model, "base_model_prefix", None)
+    inner = model._modules.get(prefix) if isinstance(prefix, str) and prefix else None
+    return (inner, join(path, str(prefix))) if inner is not None else (model, path)
+
+
+@dataclass(frozen=True)
+class Here:
+    """A place in the model and in the spec: paths are looked up below `root`, problems noted at `loc`."""
+
+    scope: Scope
+    draft: Draft
+    root: nn.Module
+    path: str
+    config: Any
+    loc: Loc
+    stack: str = ""
+    layer: int | None = None
+    sublayer: str | None = None
+    batch: str | None = None
+
+    @property
+    def address(self) -> str:
+        return ".".join(str(part) for part in (self.stack, self.layer, self.sublayer) if part is not None)
+
+    def at(self, *words: str | int) -> Here:
+        """The same place in the model, further down in the spec."""
+        return replace(self, loc=(*self.loc, *words))
+
+    def drafting(self, draft: Draft) -> Here:
+        """The same place, gathering elsewhere."""
+        return replace(self, draft=draft)
+
+    def note(self, code: str, message: str, expected: str = "", hint: str = "", *, word: str | None = None) -> None:
+        self.note_lazily(code, lambda: (message, expected, hint), word=word)
+
+    def note_lazily(self, code: str, facts: Callable[[], tuple[str, str, str]], *, word: str | None = None) -> None:
+        loc = self.loc if word is None else (*self.loc, word)
+        # the same fact on every layer is one problem
+        self.draft.problems.setdefault((loc, code), lambda: _problem(self.scope.interface, loc, code, *facts()))
+
+    def holds(self, when: Mapping[str, Any] | None) -> bool:
+        """Whether every field of `when` has its value in the config."""
+        for name, value in (when or {}).items():
+            actual = getattr(self.config, name, _MISSING)
+            if actual is _MISSING:
+                known = sorted(key for key in getattr(self.config, "__dict__", ()) if not key.startswith("_"))
+                self.note("unknown-config-field", f"the config has no field {name!r}", listing(known), word="when")
+                return False
+            if actual != value or isinstance(actual, bool) != isinstance(value, bool):
+                return False
+        return True
+
+    def unexpected(self, what: str, when: Mapping[str, Any] | None) -> None:
+        values = ", ".join(f"{key}: {value}" for key, value in (when or {}).items())
+        self.note("present", f"{what} exists although the config does not say {values}", word="when")
+
+    def find(self, said: Path | None, *words: str | int) -> Found | None:
+        """The module that a path of the spec names below `root`; problems are noted."""
+        if said is None:
+            return None
+        if said.plain:
+            module = child(self.root, said.plain)
+            if module is not None:
+                return Found(module, join(self.path, said.plain), said)
+        return self.at(*words)._find(said)
+
+    def _find(self, said: Path) -> Found | None:
+        wanted = said.when is None or self.holds(said.when)
+        options = said.any_of or (said,)
+        found = []
+        for option in options:
+            if option is not said and option.when is not None and not self.holds(option.when):
+                continue
+            module = child(self.root, str(option.path))
+            if module is not None:
+                found.append(Found(module, join(self.path, str(option.path)), said))
+        if said.optional is not None and wanted:
+            self.draft.presence.setdefault((self.loc, str(self.loc[-1])), set()).add(bool(found))
+        if not wanted:
+            if found:
+                self.unexpected(repr(found[0].path), said.when)
+            return None
+        if len({id(f.module) for f in found}) > 1:
+            self.note("ambiguous", f"more than one alternative exists: {listing(f.path for f in found)}", "exactly one")
+            return None
+        if not found and said.optional is None:
+            self.note_lazily("path-not-found", lambda: _not_found(self.root, options))
+        return found[0] if found else None
+
+
+def _problem(interface: Interface, loc: Loc, code: str, message: str, expected: str = "", hint: str = "") -> Problem:
+    mark = interface.mark(loc)
+    place = {"file": mark.file, "line": mark.line, "column": mark.column} if mark else {}
+    return Problem(code, message, ".".join(map(str, loc)), expected, hint, **place)  # type: ignore[arg-type]
+
+
+def _not_found(root: nn.Module, options: Sequence[Path]) -> tuple[str, str, str]:
+    """(fact, expected, hint) about a path that does not exist."""
+    fact, expected, hint = missing(root, str(options[0].path))
+    tried = f"none of {listing(repr(o.path) for o in options)} exists; " if len(options) > 1 else ""
+    return tried + fact, expected, hint
