@@ -14,7 +14,10 @@ from adapterkit.model.blueprint import Slot
 
 
 def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | set) else (value,) if isinstance(value, int) else value
+    """One word or number stands for a tuple of one; 'all' is a word of its own."""
+    if isinstance(value, list | set):
+        return tuple(value)
+    return (value,) if isinstance(value, int | str) and value != "all" else value
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
