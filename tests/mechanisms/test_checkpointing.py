@@ -1,0 +1,148 @@
+"""Gradient checkpointing: every adapter trains, with the gradients it has without checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import adapterkit as ak
+from tests.mechanisms.scene import ALL_ROLES, attach, gradients, run
+from tests.models import tiny
+
+CLASSES = {
+    "bert": "BertForSequenceClassification",
+    "llama": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "t5": "T5ForConditionalGeneration",
+    "vit": "ViTForImageClassification",
+    "whisper": "WhisperForConditionalGeneration",
+}
+reentrant = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
+
+
+def checkpoint(model: nn.Module, reentrant: bool) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+
+
+class Calls:
+    """How often a module is called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.number = 0
+        module.register_forward_hook(self.count)
+
+    def count(self, *_: object) -> None:
+        self.number += 1
+
+
+def first_unit(kit: ak.Kit) -> nn.Module:
+    return next(iter(kit["a"].units.values()))
+
+
+@reentrant
+@pytest.mark.parametrize("order", ["checkpoint, attach", "attach, checkpoint"])
+@pytest.mark.parametrize("row", CLASSES)
+def test_gradients_are_those_without_checkpointing(row: str, order: str, reentrant: bool) -> None:
+    cls = CLASSES[row]
+    given = tiny.inputs(row, cls, labels=True)
+    plain = tiny.build(row, cls).train()
+    attach(plain, ALL_ROLES)
+    expected = gradients(plain, given)
+    assert all(gradient is not None and gradient.any() for gradient in expected.values())
+
+    model = tiny.build(row, cls).train()
+    if order.startswith("checkpoint"):
+        checkpoint(model, reentrant)
+    kit = attach(model, ALL_ROLES)
+    if order.startswith("attach"):
+        checkpoint(model, reentrant)
+    calls = Calls(first_unit(kit))
+    found = gradients(model, given)
+    assert calls.number == 2, "the layers were not checkpointed at all"
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert found[key] is not None, f"{key} was silently not trained"
+        assert torch.allclose(found[key], gradient, rtol=1e-4, atol=1e-6), key
+
+
+@reentrant
+@pytest.mark.parametrize("method", ["ia3", "vera[r=4]", "dora", "dvora[r=4]"])
+def test_other_methods(method: str, reentrant: bool) -> None:
+    row, cls = "gpt2", CLASSES["gpt2"]
+    given = tiny.inputs(row, cls, labels=True)
+    plain, model = tiny.build(row, cls).train(), tiny.build(row, cls).train()
+    attach(plain, method)
+    attach(model, method)
+    checkpoint(model, reentrant)
+    expected, found = gradients(plain, given), gradients(model, given)
+    for key, gradient in expected.items():
+        assert gradient is not None and torch.allclose(found[key], gradient, rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("row", ["llama", "gpt2", "t5"])
+def test_embeddings_given_by_the_user(row: str) -> None:
+    """The embeddings of the model are not called then; reentrant checkpointing trained nothing if they were the place."""
+    cls = CLASSES[row]
+    given = tiny.inputs(row, cls, labels=True)
+    plain, model = tiny.build(row, cls).train(), tiny.build(row, cls).train()
+    given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids")).detach()
+    attach(plain, ALL_ROLES)
+    attach(model, ALL_ROLES)
+    checkpoint(model, True)
+    expected, found = gradients(plain, given), gradients(model, given)
+    for key, gradient in expected.items():
+        assert gradient is not None and torch.allclose(found[key], gradient, rtol=1e-4, atol=1e-6), key
+    assert not given["inputs_embeds"].requires_grad, "what the user gave was changed"
+
+
+def test_an_adapter_on_the_last_layer_only() -> None:
+    cls = CLASSES["llama"]
+    given = tiny.inputs("llama", cls, labels=True)
+    method = {"method": "lora", "layers": [1]}
+    plain, model = tiny.build("llama", cls).train(), tiny.build("llama", cls).train()
+    attach(plain, method)
+    attach(model, method)
+    checkpoint(model, True)
+    model.model.layers[0].gradient_checkpointing = False  # as `every_n_layers` does
+    expected, found = gradients(plain, given), gradients(model, given)
+    for key, gradient in expected.items():
+        assert gradient is not None and torch.allclose(found[key], gradient, rtol=1e-4, atol=1e-6), key
+
+
+def test_checkpointing_that_is_switched_off_again() -> None:
+    cls = CLASSES["bert"]
+    given = tiny.inputs("bert", cls, labels=True)
+    model = tiny.build("bert", cls).train()
+    kit = attach(model)
+    expected = gradients(model, given)
+    checkpoint(model, True)
+    gradients(model, given)
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+    calls = Calls(first_unit(kit))
+    found = gradients(model, given)
+    assert calls.number == 1
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# torch also says so where no gradient is wanted; in all other tests it would be the failure itself
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@reentrant
+def test_an_override_with_gradients_is_refused(reentrant: bool) -> None:
+    """The recomputation in backward would read the default plan, not the one of the block."""
+    cls = CLASSES["bert"]
+    given = tiny.inputs("bert", cls)
+    model = tiny.build("bert", cls).train()
+    kit = attach(model)
+    checkpoint(model, reentrant)
+    for block in (lambda: kit.using("a"), kit.disabled):
+        with pytest.raises(ak.errors.CompositionError) as error, block():
+            pass
+        assert error.value.code == "override-checkpointed"
+    with torch.no_grad(), kit.disabled():
+        off = run(model, given)
+    model.eval()
+    with kit.disabled():
+        assert torch.equal(run(model, given), off)
+    assert not torch.equal(run(model, given), off)
