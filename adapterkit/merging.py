@@ -69,8 +69,8 @@ def _fold_slot(adapter: Adapter, slot: Slot, weight: torch.Tensor, bias: torch.T
     own = weight if rows is None else rows.take(weight)
     own_bias = bias if bias is None or rows is None else rows.take(bias)
     merged, merged_bias = adapter.units[slot.address].merged(own, own_bias)
-    for whole, part in ((weight, merged), (bias, merged_bias)):
-        if whole is None or part is None:
+    for whole, before, part in ((weight, own, merged), (bias, own_bias, merged_bias)):
+        if whole is None or part is None or part is before:
             continue
         if rows is None:
             whole.copy_(part)

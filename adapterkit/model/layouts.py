@@ -33,7 +33,7 @@ class Rows:
         return fused.unflatten(-1, (self.groups, self.width)).narrow(-1, self.start, self.length)
 
     def take(self, weight: torch.Tensor) -> torch.Tensor:
-        """The role's rows of a fused weight (rows, ...) as a copy (total, ...)."""
+        """The role's rows of a fused weight (rows, ...) as (total, ...): a view of one block, a copy of several groups."""
         return weight.unflatten(0, (self.groups, self.width)).narrow(1, self.start, self.length).flatten(0, 1)
 
     def put(self, weight: torch.Tensor, rows: torch.Tensor) -> None:
