@@ -39,7 +39,9 @@ class Unit(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (D_out, D_in) and bias (D_out,) of the plain linear map that equals host and unit together."""
 
 
@@ -64,9 +66,13 @@ class MethodConfig(BaseModel):
 class SlotConfig(MethodConfig):
     """Options of a method that acts on linear slots."""
 
-    targets: Targets = Field(("q", "v"), description="roles, extra names, 'sublayer.role', addresses, or 'all'")
-    layers: Layers | None = Field(None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all")
-    leave_out: Layers = Field((), description="layers that are left out, as in `layers`")
+    targets: Targets = Field(
+        default=("q", "v"), description="roles, extra names, 'sublayer.role', addresses, or 'all'"
+    )
+    layers: Layers | None = Field(
+        default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
+    )
+    leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
 
     def check(self, slots: Sequence[Slot]) -> None:
         """Raise ConfigError where the options do not fit the slots."""

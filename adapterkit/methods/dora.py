@@ -21,8 +21,12 @@ class DoRAConfig(LoRAConfig):
 
     method: ClassVar[str] = "dora"
 
-    norm_scaled: bool = Field(True, description="the norm sees alpha / R; false reproduces files of AdapterHub")
-    scale_bias: bool = Field(False, description="the bias is scaled too; true reproduces files of AdapterHub")
+    norm_scaled: bool = Field(
+        default=True, description="the norm sees alpha / R; false reproduces files of AdapterHub"
+    )
+    scale_bias: bool = Field(
+        default=False, description="the bias is scaled too; true reproduces files of AdapterHub"
+    )
 
     def model_post_init(self, context: Any) -> None:
         if self.gating or self.init != "lora":
@@ -37,8 +41,12 @@ class DVoRAConfig(VeRAConfig):
 
     method: ClassVar[str] = "dvora"
 
-    norm_scaled: bool = Field(True, description="the norm sees alpha / R; false reproduces files of AdapterHub")
-    scale_bias: bool = Field(False, description="the bias is scaled too; true reproduces files of AdapterHub")
+    norm_scaled: bool = Field(
+        default=True, description="the norm sees alpha / R; false reproduces files of AdapterHub"
+    )
+    scale_bias: bool = Field(
+        default=False, description="the bias is scaled too; true reproduces files of AdapterHub"
+    )
 
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         return DVoRA(slot, self, shared)
@@ -90,12 +98,16 @@ class _Magnitude(Unit):
         # written as a change of the output, so that g = 1 and D = 0 leave every bit as it is
         return add_rows(out, (gain - 1) * plain + gain * delta, self.rows, self.in_place)  # type: ignore[arg-type]
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         left, right, scaling = self.factors()
         low = left.to(weight.dtype) @ right.to(weight.dtype)
         norm = torch.linalg.vector_norm(weight + (scaling if self.norm_scaled else 1.0) * low, dim=1)
         gain = self.m.to(weight.dtype) / norm
-        return gain[:, None] * (weight + scaling * low), bias * gain if self.scale_bias and bias is not None else bias
+        return gain[:, None] * (
+            weight + scaling * low
+        ), bias * gain if self.scale_bias and bias is not None else bias
 
 
 class DoRA(_Magnitude, LoRA):

@@ -22,15 +22,17 @@ class IA3Config(SlotConfig):
     method: ClassVar[str] = "ia3"
 
     targets: Targets = ("k", "v", "down")
-    alpha: float = Field(1.0, description="constant factor beside the learned ones")
+    alpha: float = Field(default=1.0, description="constant factor beside the learned ones")
     sides: dict[str, Literal["input", "output"]] = Field(
         default_factory=dict,
         description="what is scaled at a role or address, where it is not the paper's choice: the input of down, else the output",
     )
-    gating: bool = Field(False, description="a learned gate in place of alpha; not in the paper")
+    gating: bool = Field(default=False, description="a learned gate in place of alpha; not in the paper")
 
     def side(self, slot: Slot) -> Literal["input", "output"]:
-        found: Literal["input", "output"] = per_slot(self.sides, slot, "input" if slot.role == "down" else "output")
+        found: Literal["input", "output"] = per_slot(
+            self.sides, slot, "input" if slot.role == "down" else "output"
+        )
         return found
 
     def check(self, slots: Sequence[Slot]) -> None:
@@ -38,7 +40,9 @@ class IA3Config(SlotConfig):
         for slot in slots:
             if slot.rows is not None and self.side(slot) == "input":
                 message = f"{slot.role} shares the input of {slot.path} with other roles"
-                problems.append(Problem("shared-input", message, slot.address, "the side 'output', or the target 'fused'"))
+                problems.append(
+                    Problem("shared-input", message, slot.address, "the side 'output', or the target 'fused'")
+                )
         if problems:
             raise ConfigError(problems)
 
@@ -80,7 +84,9 @@ class ScaleInput(_Scale):
     def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         return (x * self.factor(x)).to(x.dtype)
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return weight * (self.scale.to(weight.dtype) * self.alpha), bias
 
 
@@ -100,6 +106,8 @@ class ScaleOutput(_Scale):
             factor = whole
         return (out * factor).to(out.dtype)
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         factor = self.scale.to(weight.dtype) * self.alpha
         return weight * factor[:, None], None if bias is None else bias * factor

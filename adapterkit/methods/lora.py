@@ -40,12 +40,20 @@ class LoRAConfig(SlotConfig):
 
     method: ClassVar[str] = "lora"
 
-    r: int | dict[str, int] = Field(8, description="rank R, one or for each role or address")
-    alpha: float | dict[str, float] | None = Field(None, description="scale: alpha / R, as r; None: alpha = R")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A, in training")
-    rslora: bool = Field(False, description="scale alpha / sqrt(R) (Kalajdzievski 2023, arXiv:2312.03732)")
-    init: Literal["lora", "gaussian", "pissa", "olora"] = Field("lora", description="how A and B start")
-    gating: bool = Field(False, description="scale by a learned gate in place of alpha / R (UniPELT, arXiv:2110.07577)")
+    r: int | dict[str, int] = Field(default=8, description="rank R, one or for each role or address")
+    alpha: float | dict[str, float] | None = Field(
+        default=None, description="scale: alpha / R, as r; None: alpha = R"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A, in training")
+    rslora: bool = Field(
+        default=False, description="scale alpha / sqrt(R) (Kalajdzievski 2023, arXiv:2312.03732)"
+    )
+    init: Literal["lora", "gaussian", "pissa", "olora"] = Field(
+        default="lora", description="how A and B start"
+    )
+    gating: bool = Field(
+        default=False, description="scale by a learned gate in place of alpha / R (UniPELT, arXiv:2110.07577)"
+    )
 
     def rank(self, slot: Slot) -> int:
         return int(per_slot(self.r, slot, 8))
@@ -63,11 +71,15 @@ class LoRAConfig(SlotConfig):
             value = getattr(self, option)
             for role in sorted(value.keys() - known) if isinstance(value, dict) else ():
                 message = f"{option} names {role!r}, which is not among the targets"
-                problems.append(Problem("unknown-role", message, option, f"targets: {', '.join(sorted(roles))}"))
+                problems.append(
+                    Problem("unknown-role", message, option, f"targets: {', '.join(sorted(roles))}")
+                )
         for slot in slots:
             limit = min(slot.shape or (1, 1))
             if not 1 <= self.rank(slot) <= limit:
-                message = f"rank {self.rank(slot)} is not between 1 and {limit}, the smaller side of {slot.shape}"
+                message = (
+                    f"rank {self.rank(slot)} is not between 1 and {limit}, the smaller side of {slot.shape}"
+                )
                 problems.append(Problem("bad-rank", message, slot.address))
         if problems:
             raise ConfigError(problems)
@@ -142,7 +154,9 @@ class LoRA(Unit):
             low = F.linear(x, self.A)
             if out.dtype == low.dtype == self.B.dtype:
                 # one pass over `out`, no temporary of its size; the fresh output of a Linear is ours to write
-                out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), self.B.t(), alpha=self.scaling)
+                out.view(-1, out.shape[-1]).addmm_(
+                    low.reshape(-1, low.shape[-1]), self.B.t(), alpha=self.scaling
+                )
                 return out
             return out + (F.linear(low, self.B) * self.scaling).to(out.dtype)
         return add_rows(out, self.low_rank(x), self.rows, self.in_place)
@@ -157,7 +171,9 @@ class LoRA(Unit):
             delta = delta - self.B0.to(dtype) @ self.A0.to(dtype)
         return delta * self.scaling
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return weight + self.delta(weight.dtype), bias
 
     def extra_repr(self) -> str:
@@ -179,4 +195,3 @@ class Gate(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores = torch.sigmoid(F.linear(x, self.weight, self.bias))
         return scores.mean(dim=1, keepdim=True) if scores.ndim > 2 else scores
-

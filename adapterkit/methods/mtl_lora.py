@@ -20,9 +20,11 @@ class MTLLoRAConfig(LoRAConfig):
 
     method: ClassVar[str] = "mtl_lora"
 
-    n_up: int = Field(1, ge=1, description="number of up-projections that are mixed")
-    sharpness: float = Field(0.05, gt=0, description="temperature of the softmax over up-projections")
-    task_matrix: str = Field("diagonal", pattern="^(diagonal|full)$", description="shape of the task's own matrix")
+    n_up: int = Field(default=1, ge=1, description="number of up-projections that are mixed")
+    sharpness: float = Field(default=0.05, gt=0, description="temperature of the softmax over up-projections")
+    task_matrix: str = Field(
+        default="diagonal", pattern="^(diagonal|full)$", description="shape of the task's own matrix"
+    )
 
     def model_post_init(self, context: Any) -> None:
         if self.gating or self.init != "lora":
@@ -67,7 +69,9 @@ class MTLLoRA(Unit):
         low = low * self.L if self.L.ndim == 1 else F.linear(low, self.L)
         return add_rows(out, F.linear(low, self.up()) * self.scaling, self.rows, self.in_place)
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         own = torch.diag(self.L) if self.L.ndim == 1 else self.L
         mix = torch.softmax(self.w.to(weight.dtype) / self.sharpness, dim=0)
         up = torch.einsum("k,kor->or", mix, self.B.to(weight.dtype))

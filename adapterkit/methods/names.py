@@ -20,7 +20,8 @@ from adapterkit.methods.vera import VeRAConfig
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 METHODS: dict[str, type[MethodConfig]] = {
-    config.method: config for config in (LoRAConfig, IA3Config, VeRAConfig, DoRAConfig, DVoRAConfig, MTLLoRAConfig)
+    config.method: config
+    for config in (LoRAConfig, IA3Config, VeRAConfig, DoRAConfig, DVoRAConfig, MTLLoRAConfig)
 }
 
 
@@ -45,12 +46,16 @@ def _shorthand(text: str) -> MethodConfig:
     if not bracket:
         return _make(name, {})
     if not rest.endswith("]"):
-        raise ConfigError(Problem("bad-shorthand", f"{text!r} has no closing ']'", expected="such as 'lora[r=4,alpha=8]'"))
+        raise ConfigError(
+            Problem("bad-shorthand", f"{text!r} has no closing ']'", expected="such as 'lora[r=4,alpha=8]'")
+        )
     given = {}
     for item in _split(rest[:-1]):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(Problem("bad-shorthand", f"{item!r} is not option=value", expected="such as 'lora[r=4]'"))
+            raise ConfigError(
+                Problem("bad-shorthand", f"{item!r} is not option=value", expected="such as 'lora[r=4]'")
+            )
         try:
             given[key.strip()] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError:
@@ -73,7 +78,11 @@ def _make(name: str, given: dict[str, Any]) -> MethodConfig:
     config = METHODS.get(name)
     if config is None:
         message = f"there is no method {name!r}"
-        raise ConfigError(Problem("unknown-method", message, "", f"one of {listing(METHODS, 40)}", did_you_mean(name, METHODS)))
+        raise ConfigError(
+            Problem(
+                "unknown-method", message, "", f"one of {listing(METHODS, 40)}", did_you_mean(name, METHODS)
+            )
+        )
     return validate(config, given)
 
 
@@ -90,6 +99,12 @@ def _problem(config: type[MethodConfig], item: Any) -> Problem:
     if item["type"] == "extra_forbidden":
         message = f"{config.method} has no option {where!r}"
         known = list(config.model_fields)
-        return Problem("unknown-option", message, "", f"options: {listing(known, 30)}", did_you_mean(where, known))
-    message = f"{config.method}: {item['input']!r} does not fit {where!r}" if where else f"{config.method}: {item['msg']}"
+        return Problem(
+            "unknown-option", message, "", f"options: {listing(known, 30)}", did_you_mean(where, known)
+        )
+    message = (
+        f"{config.method}: {item['input']!r} does not fit {where!r}"
+        if where
+        else f"{config.method}: {item['msg']}"
+    )
     return Problem("bad-option", message, where, item["msg"].replace("Input should be", "expected"))

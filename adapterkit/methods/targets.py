@@ -38,14 +38,20 @@ def select(blueprint: Blueprint, config: SlotConfig) -> Selection:
         problems += missing
     order = [slot for slot in blueprint if slot.address in chosen]
     if not order and not problems:
-        problems.append(Problem("nothing-selected", "no slot is left to adapt", expected="targets and layers that meet"))
+        problems.append(
+            Problem("nothing-selected", "no slot is left to adapt", expected="targets and layers that meet")
+        )
     return Selection(tuple(order), tuple(problems))
 
 
 def _layers(blueprint: Blueprint, config: SlotConfig) -> set[tuple[str, int]]:
     """(stack, layer) pairs that are adapted."""
     everything = {(name, i) for name, info in blueprint.stacks.items() for i in range(info.num_layers)}
-    kept = everything if config.layers is None else set().union(*(_layer(blueprint, w) for w in config.layers), set())
+    kept = (
+        everything
+        if config.layers is None
+        else set().union(*(_layer(blueprint, w) for w in config.layers), set())
+    )
     return kept - set().union(*(_layer(blueprint, word) for word in config.leave_out), set())
 
 
@@ -61,9 +67,15 @@ def _layer(blueprint: Blueprint, word: int | str) -> set[tuple[str, int]]:
     name, _, number = word.rpartition(".")
     if word in blueprint.stacks:
         return {(word, i) for i in range(blueprint.stacks[word].num_layers)}
-    if name not in blueprint.stacks or not number.isdigit() or int(number) >= blueprint.stacks[name].num_layers:
+    if (
+        name not in blueprint.stacks
+        or not number.isdigit()
+        or int(number) >= blueprint.stacks[name].num_layers
+    ):
         known = [f"{n}.0 to {n}.{info.num_layers - 1}" for n, info in blueprint.stacks.items()]
-        raise PlanError(Problem("no-such-layer", f"there is no layer {word!r}", word, f"layers: {listing(known)}"))
+        raise PlanError(
+            Problem("no-such-layer", f"there is no layer {word!r}", word, f"layers: {listing(known)}")
+        )
     return {(name, int(number))}
 
 
@@ -94,7 +106,11 @@ def _addressed(
     if below:
         return below, []
     hint = did_you_mean(target, blueprint.slots)
-    return [], [Problem("no-such-slot", f"there is no slot at {target!r}", target, "an address of `adapterkit show`", hint)]
+    return [], [
+        Problem(
+            "no-such-slot", f"there is no slot at {target!r}", target, "an address of `adapterkit show`", hint
+        )
+    ]
 
 
 def _by_role(
@@ -116,7 +132,11 @@ def _by_role(
     if partial:
         return found, []
     have = {slot.sublayer_address for slot in found}
-    owners = (sublayer,) if sublayer in SUBLAYERS else _OWNERS.get(role, tuple({str(s.sublayer) for s in matching}))
+    owners = (
+        (sublayer,)
+        if sublayer in SUBLAYERS
+        else _OWNERS.get(role, tuple({str(s.sublayer) for s in matching}))
+    )
     expected_at = {
         slot.sublayer_address
         for slot in blueprint
@@ -126,4 +146,8 @@ def _by_role(
     if not lacking:
         return found, []
     message = f"{target!r} is missing at {len(lacking)} of {len(expected_at)} places: {listing(lacking, 4)}"
-    return found, [Problem("partial", message, target, "a target that every layer has, or addresses of those that have it")]
+    return found, [
+        Problem(
+            "partial", message, target, "a target that every layer has, or addresses of those that have it"
+        )
+    ]

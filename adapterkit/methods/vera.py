@@ -22,10 +22,10 @@ class VeRAConfig(SlotConfig):
 
     method: ClassVar[str] = "vera"
 
-    r: int = Field(256, ge=1, description="rank R of the shared matrices")
-    alpha: float | None = Field(None, description="scale alpha / R; None: 1, as in the paper")
-    d_initial: float = Field(0.1, description="start of the vector d; b starts at zero")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input, in training")
+    r: int = Field(default=256, ge=1, description="rank R of the shared matrices")
+    alpha: float | None = Field(default=None, description="scale alpha / R; None: 1, as in the paper")
+    d_initial: float = Field(default=0.1, description="start of the vector d; b starts at zero")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input, in training")
 
     @property
     def scaling(self) -> float:
@@ -34,8 +34,12 @@ class VeRAConfig(SlotConfig):
     def check(self, slots: Sequence[Slot]) -> None:
         devices = {str(getattr(getattr(slot.module, "weight", None), "device", "cpu")) for slot in slots}
         if len(devices) > 1 or any("_hf_hook" in slot.module.__dict__ for slot in slots):
-            message = f"the shared matrices cannot be on {', '.join(sorted(devices))} at once, nor be offloaded"
-            raise PlanError(Problem("shared-apart", message, expected="all targets on one device, without offloading"))
+            message = (
+                f"the shared matrices cannot be on {', '.join(sorted(devices))} at once, nor be offloaded"
+            )
+            raise PlanError(
+                Problem("shared-apart", message, expected="all targets on one device, without offloading")
+            )
 
     def share(self, slots: Sequence[Slot], generator: torch.Generator | None) -> Shared:
         return SharedVeRA(self.r, [slot.shape or (1, 1) for slot in slots], generator)
@@ -50,7 +54,9 @@ class SharedVeRA(Shared):
     They are parameters that are never trained, so that they follow the model's dtype and device.
     """
 
-    def __init__(self, rank: int, shapes: Sequence[tuple[int, int]], generator: torch.Generator | None) -> None:
+    def __init__(
+        self, rank: int, shapes: Sequence[tuple[int, int]], generator: torch.Generator | None
+    ) -> None:
         super().__init__()
         d_out, d_in = (max(sizes) for sizes in zip(*shapes, strict=True))
         self.A = uniform((rank, d_in), d_in, generator)
@@ -102,5 +108,7 @@ class VeRA(Unit):
         a, b = (matrix.to(dtype) for matrix in self.matrices())
         return (self.b.to(dtype)[:, None] * b * self.d.to(dtype)) @ a * self.scaling
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return weight + self.delta(weight.dtype), bias
