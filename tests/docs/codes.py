@@ -89,7 +89,8 @@ def choosing(tree: ast.Module) -> set[int]:
 def collect(package: Path = PACKAGE) -> tuple[dict[str, list[str]], list[str]]:
     """(code -> places that raise it, places whose code cannot be told)."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))}
-    everywhere = {name: place for tree in trees.values() for name, place in positions(tree).items()} | {"Problem": 0}
+    defined = {name: place for tree in trees.values() for name, place in positions(tree).items()}
+    everywhere = {name: place for name, place in defined.items() if not name.startswith("_")} | {"Problem": 0}
     found: dict[str, list[str]] = defaultdict(list)
     unknown = []
     for path, tree in trees.items():
