@@ -25,7 +25,7 @@ class Adapter:
     """Address of the head -> the adapter's own copy of it."""
     poolers: dict[str, nn.Module]
     """Address of a pooler inside the base -> a frozen copy, where a file brought one that differs."""
-    injection: Injection
+    injection: Injection = field(init=False)
     trainable: bool = True
     merged: bool = field(default=False)
 

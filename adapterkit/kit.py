@@ -76,7 +76,6 @@ class Kit(Mapping[str, Adapter]):
         self._runtime = Runtime()
         self._active: str | None = None
         self._originals: merging.Originals | None = None
-        self._trained = {name: p for name, p in named_parameters(model) if p.requires_grad}
         self._entries: dict[str, nn.Module] = {}
         self._hooks: list[Any] = []
 
@@ -203,14 +202,9 @@ class Kit(Mapping[str, Adapter]):
     ) -> Kit:
         """Put a complete adapter into the model: all of it or nothing."""
         self._refuse_merged("attach")
-        if plan.name in self._adapters:
-            self.detach(plan.name)
-        first = not self._adapters
-        units = {slot: draft.units[slot.address] for slot in plan.slots}
-        record = manifest.write(plan, self.blueprint)
-        injection = inject(
-            self.blueprint, self._runtime, plan.name, units, draft.shared, {**heads, **poolers}, record
-        )
+        old = self._adapters.pop(plan.name, None)
+        if old is not None:
+            eject(old.injection)
         adapter = Adapter(
             plan.name,
             plan,
@@ -218,28 +212,40 @@ class Kit(Mapping[str, Adapter]):
             draft.shared,
             {found.address: copied for found, copied in heads.items()},
             {found.address: copied for found, copied in poolers.items()},
-            injection,
         )
-        if first:
-            try:
-                self._enter()
-            except BaseException:
-                eject(injection)
-                raise
-        self._adapters[plan.name] = adapter
+        try:
+            self._put(adapter)
+        except BaseException:
+            if old is not None:
+                self._put(old)
+                self.activate(self._active)
+            raise
         adapter.require_grad(trainable)
-        for copied in poolers.values():
-            copied.requires_grad_(False)
-        if activate:
+        if activate or self._active == plan.name:
             self.activate(plan.name)
         report.log(plan)
         return self
 
+    def _put(self, adapter: Adapter) -> None:
+        """Put an adapter's modules into the model; the first one brings the hooks and entries with it."""
+        modules = {**adapter.units, **adapter.heads, **adapter.poolers}
+        places = {place.address: place for place in (*adapter.plan.slots, *self.blueprint.heads, *self.blueprint.poolers)}
+        hosts = {places[address]: module for address, module in modules.items()}
+        record = manifest.write(adapter.plan, self.blueprint)
+        adapter.injection = inject(self._runtime, adapter.name, hosts, adapter.shared, record)
+        if ATTRIBUTE not in self.model.__dict__:
+            try:
+                self._enter()
+            except BaseException:
+                eject(adapter.injection)
+                raise
+        self._adapters[adapter.name] = adapter
+
     def _enter(self) -> None:
         """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
         self._entries = open_entries(self.blueprint, self._runtime)
-        for parameter in self._trained.values():
-            parameter.requires_grad_(False)
+        for _, parameter in named_parameters(self.model):
+            parameter.requires_grad_(False)  # those of the adapter are set after this
         self._hooks = [
             self.model.register_load_state_dict_pre_hook(place_tensors),
             self.model.register_state_dict_pre_hook(_refuse_merged_state),
@@ -431,7 +437,7 @@ class Kit(Mapping[str, Adapter]):
         self.model.__dict__.pop(ATTRIBUTE, None)
         for path, parameter in self.model.named_parameters():
             # by name: sharding replaces the tensors themselves
-            parameter.requires_grad_(path in self._trained)
+            parameter.requires_grad_(path in self.blueprint.trained)
 
     def _refuse_merged(self, verb: str) -> None:
         if self.merged:

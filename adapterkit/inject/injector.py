@@ -76,12 +76,10 @@ class Injection:
 
 
 def inject(
-    blueprint: Blueprint,
     runtime: Runtime,
     name: str,
-    units: Mapping[Slot, nn.Module],
+    modules: Mapping[Slot | Head, nn.Module],
     shared: nn.Module | None,
-    heads: Mapping[Head, nn.Module],
     manifest: torch.Tensor,
 ) -> Injection:
     """Register the modules of one adapter at their hosts.
@@ -89,10 +87,7 @@ def inject(
     Raises: PlanError: a host cannot take them; the model is as before.
     """
     done = Injection(name)
-    plan: list[tuple[str, nn.Module, str, nn.Module]] = [
-        (slot.path, slot.module, slot.address, unit) for slot, unit in units.items()
-    ]
-    plan += [(head.path, head.module, head.address, copied) for head, copied in heads.items()]
+    plan = [(place.path, place.module, place.address, module) for place, module in modules.items()]
     if shared is not None:
         plan.insert(0, (plan[0][0], plan[0][1], "shared", shared))
     for path, host, _, _ in plan:

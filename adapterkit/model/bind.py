@@ -12,6 +12,7 @@ from adapterkit.model.blueprint import Slot
 from adapterkit.model.scope import Draft, Found, Here
 from adapterkit.model.walk import child
 from adapterkit.spec.schema import Attention, Layer, Path, Stack, Sublayer
+from adapterkit.spec.text import Loc
 
 ROLES: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "o"),
@@ -23,10 +24,13 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
 
+_ITSELF = Path(path=".")
+
+
 def bind_layer(here: Here, stack: Stack, kind: str | None) -> None:
     """Bind one layer; `here.root` is the layer."""
     own: Layer | None = stack.kinds.of[kind] if stack.kinds and kind is not None else None
-    add_place(here, f"{here.address}.layer", Found(here.root, here.path, Path(path=".")))
+    add_place(here, f"{here.address}.layer", Found(here.root, here.path, _ITSELF))
     shared = here.find(stack.shared_norm, "shared_norm")
     if shared:
         add_place(here, f"{here.address}.norm.before", shared)
@@ -34,8 +38,9 @@ def bind_layer(here: Here, stack: Stack, kind: str | None) -> None:
         special = own is not None and word in own.model_fields_set
         sublayer: Sublayer | None = getattr(own if special else stack, word)
         if sublayer is not None:
-            inside = here.at("kinds", "of", str(kind), word) if special else here.at(word)
-            _choose(replace(inside, sublayer=word), sublayer)
+            words = ("kinds", "of", str(kind), word) if special else (word,)
+            address = f"{here.address}.{word}"
+            _choose(replace(here, loc=(*here.loc, *words), address=address, sublayer=word), sublayer)
 
 
 def _choose(here: Here, said: Sublayer) -> None:
@@ -63,11 +68,11 @@ def _choose(here: Here, said: Sublayer) -> None:
     if len(complete) == 1:
         here.draft.absorb(complete[0])
     elif complete:
-        here.note("ambiguous", "more than one alternative fits", "exactly one on each layer", word="any_of")
+        here.note("ambiguous", "more than one alternative fits", "exactly one on each layer", words=("any_of",))
     elif tried:
         here.draft.absorb(min(tried, key=lambda trial: len(trial.problems)))
     else:
-        here.note("no-alternative", "no alternative's 'when' holds for this config", word="any_of")
+        here.note("no-alternative", "no alternative's 'when' holds for this config", words=("any_of",))
 
 
 def _bind(here: Here, said: Sublayer) -> None:
@@ -79,11 +84,11 @@ def _bind(here: Here, said: Sublayer) -> None:
     for role in ROLES[str(here.sublayer)]:
         found = here.find(getattr(said, role, None), role)
         if found:
-            add_slot(here.at(role), role, found)
+            add_slot(here, role, found, (role,))
     for extra, path in said.extra.items():
         found = here.find(path, "extra", extra)
         if found:
-            add_slot(here.at("extra", extra), extra, found)
+            add_slot(here, extra, found, ("extra", extra))
     if isinstance(said, Attention):
         word = str(here.sublayer)
         here.draft.kernels[word], here.draft.eager[word] = said.kernel, said.eager
@@ -110,16 +115,17 @@ def add_place(here: Here, address: str, found: Found) -> None:
     )
 
 
-def add_slot(here: Here, role: str, found: Found) -> Slot | None:
+def add_slot(here: Here, role: str, found: Found, words: Loc) -> Slot | None:
     """Add a linear slot. A weight that is used without calling its module cannot be adapted and is refused."""
     size = linear.shape(found.module)
     if size is None:
         what = f"{found.path} is a {type(found.module).__name__}"
-        here.note("not-linear", what, "a linear map: Linear, Conv1D or one of their quantised kinds")
+        expected = "a linear map: Linear, Conv1D or one of their quantised kinds"
+        here.note("not-linear", what, expected, words=words)
         return None
     if isinstance(_parent(here, found), nn.MultiheadAttention):
         what = f"{found.path} belongs to nn.MultiheadAttention, which uses its weight without calling it"
-        here.note("weight-without-call", what, "a module that is called in the forward pass")
+        here.note("weight-without-call", what, "a module that is called in the forward pass", words=words)
         return None
     slot = Slot(
         f"{here.address}.{role}",
@@ -146,7 +152,7 @@ def _parent(here: Here, found: Found) -> nn.Module | None:
 
 def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
     """The fused matrix as a slot of its own, and each of its roles as a stretch of its rows."""
-    whole = add_slot(here.at("path"), "fused", host)
+    whole = add_slot(here, "fused", host, ("path",))
     if whole is None or whole.shape is None or said.fused is None:
         return
     heads = here.draft.sizes.get(str(here.sublayer), (None, None))

@@ -82,6 +82,7 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
     _resolve_scope(Scope(spec, inner, path, "", True), found)
     if found.draft.problems:
         raise ResolveError(make() for make in found.draft.problems.values())
+    own = list(named_parameters(model))
     return Blueprint(
         interface=spec,
         interface_name=registry.name_of(spec) or "custom",
@@ -91,7 +92,8 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
         stacks=found.stacks,
         heads=find_heads(model, found.claimed, found.output_path, found.heads),
         poolers=tuple(found.poolers),
-        parameters=sum(parameter.numel() for _, parameter in named_parameters(model)),
+        parameters=sum(parameter.numel() for _, parameter in own),
+        trained=frozenset(name for name, parameter in own if parameter.requires_grad),
         unsupported=found.unsupported,
     )
 
@@ -209,9 +211,9 @@ def _roots(here: Here, at: Path | None) -> list[Found]:
 
 def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[StackInfo, Draft]:
     """Resolve one stack below one possible root."""
-    scope, draft = outer.scope, Draft()
+    scope, draft, address = outer.scope, Draft(), outer.scope.prefix + name
     here = replace(
-        outer, draft=draft, root=root.module, path=root.path, stack=scope.prefix + name, batch=stack.batch
+        outer, draft=draft, root=root.module, path=root.path, stack=address, address=address, batch=stack.batch
     )
     for word, said in _stack_places(stack).items():
         found = here.find(said, *word.split("."))
@@ -220,18 +222,18 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
     for extra, said in stack.extra.items():
         found = here.find(said, "extra", extra)
         if found:
-            add_slot(here.at("extra", extra), extra, found)
+            add_slot(here, extra, found, ("extra", extra))
     layers = _layers(here.at("layers"), stack)
     kinds = _kinds(here.at("kinds"), stack, len(layers))
     for index, (path, layer) in enumerate(layers):
-        inside = replace(here, root=layer, path=join(here.path, path), layer=index)
+        inside = replace(here, root=layer, path=join(here.path, path), address=f"{address}.{index}", layer=index)
         bind_layer(inside, stack, kinds[index] if kinds else None)
     for (loc, word), seen in draft.presence.items():
         if len(seen) > 1:
             message = f"'{word}' is optional, but some layers have it and some have not"
             replace(here, loc=loc).note("partial", message)
     info = StackInfo(
-        address=here.address,
+        address=address,
         root=root.module,
         path=root.path,
         num_layers=len(layers),
@@ -284,10 +286,10 @@ def _kinds(here: Here, stack: Stack, count: int) -> list[str] | None:
     by = stack.kinds.by
     values = getattr(here.config, by, None)
     if not isinstance(values, list | tuple) or len(values) != count:
-        here.note("unknown-config-field", f"config field {by!r} does not list {count} layers", word="by")
+        here.note("unknown-config-field", f"config field {by!r} does not list {count} layers", words=("by",))
         return None
     unknown = sorted(set(values) - stack.kinds.of.keys())
     if unknown:
-        here.note("unknown-kind", f"layers of kind {listing(unknown)}", listing(stack.kinds.of), word="by")
+        here.note("unknown-kind", f"layers of kind {listing(unknown)}", listing(stack.kinds.of), words=("by",))
         return None
     return [str(value) for value in values]

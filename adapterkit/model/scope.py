@@ -88,13 +88,11 @@ class Here:
     config: Any
     loc: Loc
     stack: str = ""
+    address: str = ""
+    """The stack, or the layer, or the sublayer that is bound."""
     layer: int | None = None
     sublayer: str | None = None
     batch: str | None = None
-
-    @property
-    def address(self) -> str:
-        return ".".join(str(part) for part in (self.stack, self.layer, self.sublayer) if part is not None)
 
     def at(self, *words: str | int) -> Here:
         """The same place in the model, further down in the spec."""
@@ -104,11 +102,12 @@ class Here:
         """The same place, gathering elsewhere."""
         return replace(self, draft=draft)
 
-    def note(self, code: str, message: str, expected: str = "", hint: str = "", *, word: str | None = None) -> None:
-        self.note_lazily(code, lambda: (message, expected, hint), word=word)
+    def note(self, code: str, message: str, expected: str = "", hint: str = "", *, words: Loc = ()) -> None:
+        self.note_lazily(code, lambda: (message, expected, hint), words=words)
 
-    def note_lazily(self, code: str, facts: Callable[[], tuple[str, str, str]], *, word: str | None = None) -> None:
-        loc = self.loc if word is None else (*self.loc, word)
+    def note_lazily(self, code: str, facts: Callable[[], tuple[str, str, str]], *, words: Loc = ()) -> None:
+        """Note a problem at `loc`, or at words below it; `facts` are (message, expected, hint)."""
+        loc = (*self.loc, *words)
         # the same fact on every layer is one problem
         self.draft.problems.setdefault((loc, code), lambda: _problem(self.scope.interface, loc, code, *facts()))
 
@@ -118,7 +117,7 @@ class Here:
             actual = getattr(self.config, name, _MISSING)
             if actual is _MISSING:
                 known = sorted(key for key in getattr(self.config, "__dict__", ()) if not key.startswith("_"))
-                self.note("unknown-config-field", f"the config has no field {name!r}", listing(known), word="when")
+                self.note("unknown-config-field", f"the config has no field {name!r}", listing(known), words=("when",))
                 return False
             if actual != value or isinstance(actual, bool) != isinstance(value, bool):
                 return False
@@ -126,7 +125,7 @@ class Here:
 
     def unexpected(self, what: str, when: Mapping[str, Any] | None) -> None:
         values = ", ".join(f"{key}: {value}" for key, value in (when or {}).items())
-        self.note("present", f"{what} exists although the config does not say {values}", word="when")
+        self.note("present", f"{what} exists although the config does not say {values}", words=("when",))
 
     def find(self, said: Path | None, *words: str | int) -> Found | None:
         """The module that a path of the spec names below `root`; problems are noted."""
