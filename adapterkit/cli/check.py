@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import AdapterkitError, ConfigError, Problem, ResolveError, SpecError
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Interface
+from adapterkit.spec.text import MAX_BYTES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +71,7 @@ def _read(name: str) -> Checked:
     shown = STDIN if name == "-" else name
     try:
         if name == "-":
-            return Checked(shown, interface=registry.load_text(sys.stdin.buffer.read(), shown))
+            return Checked(shown, interface=registry.load_text(sys.stdin.buffer.read(MAX_BYTES + 1), shown))
         return Checked(shown, interface=registry.load(Path(name)))
     except SpecError as error:
         return Checked(shown, error.problems)

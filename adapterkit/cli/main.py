@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from adapterkit.errors import AdapterkitError, ConfigError
+from adapterkit.errors import AdapterkitError, ConfigError, Problem
 from adapterkit.versions import __version__
 
 OK, PROBLEMS, USAGE, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 130, 141
@@ -170,8 +170,13 @@ def schema(
 
     if write is None:
         typer.echo(jsonschema.text(), nl=False)
-    else:
+        return
+    try:
         Path(write).write_text(jsonschema.text(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            Problem("unwritable", f"{write} cannot be written: {error.strerror}", "--write")
+        ) from None
 
 
 @app.command()

@@ -27,9 +27,12 @@ def on_meta(name: str) -> nn.Module:
     # a file or folder of this name that is no model does not hide the model type
     known = not (folder / "config.json").is_file() and name in CONFIG_MAPPING
     config = _default(name) if known else _configured(name)
+    cls = _class(config)
+    if cls is None:
+        raise _refused(name, "transformers has no base model of this type; its config must name a class")
     try:
         with torch.device("meta"):
-            return _class(config)._from_config(config)  # type: ignore[no-any-return]
+            return cls._from_config(config)  # type: ignore[no-any-return]
     except Exception as error:  # constructors of transformers raise anything
         raise _refused(name, f"transformers cannot build it: {_first_line(error)}") from error
 
@@ -57,7 +60,7 @@ def _configured(name: str) -> Any:
 
 
 def _class(config: Any) -> Any:
-    """The class that the config names, else the base model of its type."""
+    """The class that the config names, else the base model of its type, None if there is none."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -65,7 +68,7 @@ def _class(config: Any) -> Any:
         found = getattr(transformers, name, None)
         if isinstance(found, type):
             return found
-    found = MODEL_MAPPING[type(config)]
+    found = MODEL_MAPPING.get(type(config), None)
     return found[0] if isinstance(found, tuple) else found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from adapterkit.errors import Problem, did_you_mean, listing
 from adapterkit.spec.schema import Interface
-from adapterkit.spec.text import Document, Loc
+from adapterkit.spec.text import Document, Loc, cut
 
 _CODES = {
     "extra_forbidden": "unknown-word",
@@ -66,7 +67,7 @@ def _in_text(loc: tuple[str | int, ...], document: Document, missing: bool) -> L
 def _problem(loc: Loc, code: str, items: list[Any], document: Document) -> Problem:
     first = items[0]
     message, expected, hint = str(first["msg"]), "", ""
-    word = str(loc[-1]) if loc else ""
+    word = next((cut(part) for part in reversed(loc) if isinstance(part, str)), "")
     if code == "unknown-word":
         words = words_at(loc[:-1])
         message, hint = f"{word!r} is not a word of the language here", did_you_mean(word, words)
@@ -76,18 +77,15 @@ def _problem(loc: Loc, code: str, items: list[Any], document: Document) -> Probl
     elif code == "reserved-word":
         message = f"{word!r} is reserved for a later version of the language"
     elif code == "wrong-value":
-        message, expected = (
-            f"{_shown(first['input'])} is not a value of {word!r}",
-            f"expected {first['ctx']['expected']}",
-        )
+        values = first["ctx"]["expected"]
+        message, expected = f"{_shown(first['input'])} is not a value of {word!r}", f"expected {values}"
+        hint = did_you_mean(str(first["input"]), re.findall(r"'([^']+)'", values))
     elif code == "wrong-type":
         wanted = list(dict.fromkeys(_wanted(item) for item in items))
         either = f"{', '.join(wanted[:-1])} or {wanted[-1]}" if wanted[1:] else wanted[0]
         message, expected = f"{_shown(first['input'])} does not fit here", f"expected {either}"
     of_key = code in ("unknown-word", "reserved-word") or first["loc"][-1:] == ("[key]",)
-    mark = document.mark(loc, key=of_key)
-    place = {"file": mark.file, "line": mark.line, "column": mark.column} if mark else {"file": document.file}
-    return Problem(code, message, ".".join(map(str, loc)), expected, hint, **place)
+    return document.problem(loc, code, message, expected, hint, key=of_key)
 
 
 def _wanted(item: Any) -> str:
@@ -97,9 +95,8 @@ def _wanted(item: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it may stand in the file, cut when it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """A value as it may stand in the file."""
+    return cut(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def words_at(loc: Loc) -> list[str]:

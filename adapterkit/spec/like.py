@@ -24,17 +24,6 @@ def expand(document: Document, find: Find) -> tuple[Document, list[Problem]]:
     return whole, problems
 
 
-def _place(document: Document, loc: Loc) -> dict[str, Any]:
-    mark = document.mark(loc)
-    return {"file": mark.file, "line": mark.line, "column": mark.column} if mark else {}
-
-
-def _problem(
-    document: Document, loc: Loc, code: str, message: str, expected: str = "", hint: str = ""
-) -> Problem:
-    return Problem(code, message, ".".join(map(str, loc)), expected, hint, **_place(document, loc))
-
-
 def _follow(document: Document, find: Find, chain: tuple[Document, ...], problems: list[Problem]) -> Document:
     """Put the interface that `like` names under this one, to any depth."""
     problems += document.problems
@@ -44,15 +33,19 @@ def _follow(document: Document, find: Find, chain: tuple[Document, ...], problem
     try:
         parent = find(name, document.file)
     except SpecError as error:
-        place = _place(document, ("like",))
+        here = document.problem(("like",), "", "")
         problems += [
-            found if found.file else replace(found, address="like", **place) for found in error.problems
+            found
+            if found.file
+            else replace(found, address="like", file=here.file, line=here.line, column=here.column)
+            for found in error.problems
         ]
         return document
     if any(parent.file == seen.file for seen in chain):
         names = [Path(seen.file).stem for seen in (*chain, parent)]
         circle = " -> ".join(names[names.index(names[-1]) :])
-        problems.append(_problem(document, ("like",), "like-cycle", f"'like' goes in a circle: {circle}"))
+        # said where the one who asked can see it, not where the circle closes
+        problems.append(chain[0].problem(("like",), "like-cycle", f"'like' goes in a circle: {circle}"))
         return document
     parent = _follow(parent, find, (*chain, parent), problems)
     kept = {key: value for key, value in parent.data.items() if key not in _OWN}
@@ -66,7 +59,7 @@ def _follow(document: Document, find: Find, chain: tuple[Document, ...], problem
                 message = f"'only' names {stack!r}, which is no stack of {name!r}"
                 hint = did_you_mean(stack, stacks)
                 expected = f"stacks there: {listing(stacks)}"
-                problems.append(_problem(document, ("only", i), "unknown-stack", message, expected, hint))
+                problems.append(document.problem(("only", i), "unknown-stack", message, expected, hint))
         kept["stacks"] = {stack: value for stack, value in stacks.items() if stack in only}
     return _merge(replace(parent, data=kept), document)
 
@@ -91,12 +84,12 @@ def _chain(document: Document, name: str, problems: list[Problem]) -> list[str]:
         loc = ("stacks", chain[-1], "like")
         if sibling in chain:
             circle = " -> ".join([*chain[chain.index(sibling) :], sibling])
-            problems.append(_problem(document, loc, "like-cycle", f"'like' goes in a circle: {circle}"))
+            problems.append(document.problem(loc, "like-cycle", f"'like' goes in a circle: {circle}"))
             return chain[:1]
         if sibling not in stacks:
             message, hint = f"there is no stack {sibling!r} in this file", did_you_mean(sibling, stacks)
             problems.append(
-                _problem(document, loc, "unknown-stack", message, f"stacks: {listing(stacks)}", hint)
+                document.problem(loc, "unknown-stack", message, f"stacks: {listing(stacks)}", hint)
             )
             return chain
         chain.append(sibling)

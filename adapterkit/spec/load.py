@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from pydantic import ValidationError
 
-from adapterkit.errors import Problem, SpecError
+from adapterkit.errors import Problem, SpecError, did_you_mean, listing
 from adapterkit.spec import explain, like
 from adapterkit.spec.like import Find
-from adapterkit.spec.schema import Interface
+from adapterkit.spec.schema import Interface, Part, Stack
 from adapterkit.spec.text import Document
 from adapterkit.spec.vocabulary import LANGUAGE_VERSION
 
@@ -31,27 +33,34 @@ def build(document: Document, find: Find) -> Interface:
             if not (broken and found.code == "missing-word")
             and (found.file, found.line, found.column) not in places
         ]
+    else:
+        problems += _unknown_reads(interface, whole)
     if problems:
         raise SpecError(problems)
     interface._document = whole
     return interface
 
 
+def _unknown_reads(interface: Interface, document: Document) -> Iterator[Problem]:
+    """Stacks and parts whose `reads` names none of their siblings."""
+    families: tuple[tuple[str, Mapping[str, Stack | Part]], ...] = (
+        ("stacks", interface.stacks),
+        ("parts", interface.parts),
+    )
+    for word, members in families:
+        for name, member in members.items():
+            if member.reads and member.reads.stack not in members:
+                loc = (word, name, "reads", "stack")
+                asked = member.reads.stack
+                message = f"there is no {asked!r} among the {word} of this file"
+                hint = did_you_mean(asked, members)
+                yield document.problem(loc, "unknown-stack", message, f"{word}: {listing(members)}", hint)
+
+
 def _check_version(document: Document) -> None:
     version = document.data.get("adapterkit")
     if isinstance(version, int) and not isinstance(version, bool) and version > LANGUAGE_VERSION:
-        mark = document.mark(("adapterkit",))
-        message = (
-            f"written in version {version} of the language; this adapterkit reads version {LANGUAGE_VERSION}"
-        )
+        message = f"written in version {version} of the language; this adapterkit reads {LANGUAGE_VERSION}"
         raise SpecError(
-            Problem(
-                "newer-language",
-                message,
-                "adapterkit",
-                hint="update adapterkit",
-                file=document.file,
-                line=mark.line if mark else 0,
-                column=mark.column if mark else 0,
-            )
+            document.problem(("adapterkit",), "newer-language", message, hint="update adapterkit")
         )

@@ -38,7 +38,9 @@ def refuse(code: str, message: str) -> PydanticCustomError:
 
 def _name(word: str) -> str:
     if not _NAME.match(word):
-        raise refuse("bad-name", f"{word!r} is not a name: letters, digits and '_', starting with a letter")
+        raise refuse(
+            "bad-name", f"{word!r} is not a name: letters a to z, digits and '_', starting with a letter"
+        )
     return word
 
 
@@ -68,6 +70,11 @@ OneOrMore = Annotated[
         lambda v: (v,) if isinstance(v, str) else _sequence(v), json_schema_input_type=str | list[str]
     ),
 ]
+
+
+def _no_bool(value: Any) -> Any:
+    # to Python true is 1
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 class Model(BaseModel):
@@ -219,7 +226,6 @@ class Sublayer(Model):
             raise refuse("one-of", "'any_of' needs at least two alternatives")
         return self
 
-
     @cached_property
     def points(self) -> tuple[tuple[str, Path], ...]:
         """Named places that are no linear maps."""
@@ -291,7 +297,7 @@ class Mlp(Sublayer):
 def _no_overlap(fused: Fused | None, named: dict[str, Path | None]) -> None:
     twice = [role for role in (fused.order if fused else ()) if named.get(role) is not None]
     if twice:
-        raise refuse("named-twice", f"{', '.join(twice)} is named on its own and in 'fused.order'")
+        raise refuse("named-twice", f"named on their own and in 'fused.order': {', '.join(twice)}")
 
 
 class Embeddings(Model):
@@ -471,7 +477,9 @@ class Peft(Model):
 class Interface(Model):
     """One model family, described for every adapter method."""
 
-    adapterkit: Literal[1] = Field(description="version of the language")
+    adapterkit: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
+        description="version of the language"
+    )
     model_type: OneOrMore | None = Field(
         None, description="`config.model_type` of the models described: one or a list"
     )
@@ -499,15 +507,6 @@ class Interface(Model):
     def _some(self) -> Self:
         if not self.stacks and not self.parts:
             raise refuse("missing-word", "an interface needs 'stacks' or 'parts'")
-        for name, stack in self.stacks.items():
-            if stack.reads and stack.reads.stack not in self.stacks:
-                raise refuse(
-                    "unknown-stack",
-                    f"stacks.{name}.reads names {stack.reads.stack!r}, which is no stack here",
-                )
-        for name, part in self.parts.items():
-            if part.reads and part.reads.stack not in self.parts:
-                raise refuse(
-                    "unknown-stack", f"parts.{name}.reads names {part.reads.stack!r}, which is no part here"
-                )
+        if self.only is not None and self.like is None:
+            raise refuse("missing-word", "'only' needs 'like', the interface whose stacks it keeps")
         return self

@@ -1,6 +1,6 @@
 """YAML text -> plain data plus the place of every value. No anchors, aliases, tags, merge keys.
 
-Built from parser events, so that alias bombs and unknown tags are refused before anything is expanded or made.
+Built from parser events, so that alias bombs and unknown tags are refused before anything is made.
 """
 
 from __future__ import annotations
@@ -58,6 +58,20 @@ class Document:
                 return None
             loc, key = loc[:-1], True
 
+    def problem(
+        self, loc: Loc, code: str, message: str, expected: str = "", hint: str = "", *, key: bool = False
+    ) -> Problem:
+        """A problem at the place of `loc`, or of its key."""
+        mark = self.mark(loc, key=key) or Mark(self.file, 0, 0)
+        address = ".".join(cut(part) for part in loc)
+        return Problem(code, message, address, expected, hint, mark.file, mark.line, mark.column)
+
+
+def cut(text: object, limit: int = 80) -> str:
+    """Text that is not too long for a message."""
+    shown = str(text)
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
+
 
 _INT = re.compile(r"^[-+]?[0-9]+$")
 _FLOAT = re.compile(r"^[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?$")
@@ -76,6 +90,10 @@ def _scalar(value: str, plain: bool) -> Any:
     return float(value) if _FLOAT.match(value) else value
 
 
+_WRITTEN_OUT = "expected every value written out; 'like' copies a whole interface or stack"
+_BEGINNING = "expected an interface, which begins with 'adapterkit: 1'"
+
+
 class _Builder:
     """Builds data from events and gathers every problem on the way."""
 
@@ -84,6 +102,7 @@ class _Builder:
         self.marks: dict[Loc, Mark] = {}
         self.keys: dict[Loc, Mark] = {}
         self.problems: list[Problem] = []
+        self.aliases: set[str | None] = set()
 
     def place(self, event: Any) -> Mark:
         return Mark(self.file, event.start_mark.line + 1, event.start_mark.column + 1)
@@ -100,24 +119,15 @@ class _Builder:
             self.refuse(mark, "too-deep", f"nested more than {MAX_DEPTH} deep")
             raise SpecError(self.problems)
         if isinstance(event, yaml.AliasEvent):
-            self.refuse(
-                mark,
-                "alias",
-                f"alias '*{event.anchor}' is not allowed",
-                "every value written out; see 'like'",
-            )
+            if event.anchor not in self.aliases:  # each is said once: a bomb has thousands
+                self.aliases.add(event.anchor)
+                self.refuse(mark, "alias", f"alias '*{event.anchor}' is not allowed", _WRITTEN_OUT)
             return None
         if event.anchor:
-            self.refuse(
-                mark,
-                "alias",
-                f"anchor '&{event.anchor}' is not allowed",
-                "every value written out; see 'like'",
-            )
+            self.refuse(mark, "alias", f"anchor '&{event.anchor}' is not allowed", _WRITTEN_OUT)
         if event.tag and event.tag != "!":
-            self.refuse(
-                mark, "tag", f"tag {event.tag!r} is not allowed", "plain words, numbers, lists and maps"
-            )
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            self.refuse(mark, "tag", f"tag {tag!r} is not allowed", "expected words, numbers, lists and maps")
         if isinstance(event, yaml.ScalarEvent):
             return _scalar(event.value, bool(event.implicit[0]))
         if isinstance(event, yaml.SequenceStartEvent):
@@ -146,9 +156,7 @@ class _Builder:
                 first = self.keys[(*loc, key)]
                 self.refuse(mark, "duplicate-key", f"{key!r} stands twice; first in line {first.line}")
             if key == "<<":
-                self.refuse(
-                    mark, "alias", "merge key '<<' is not allowed", "every value written out; see 'like'"
-                )
+                self.refuse(mark, "alias", "merge key '<<' is not allowed", _WRITTEN_OUT)
             self.keys.setdefault((*loc, key), mark)
             value = self.build(events, next(events), (*loc, "?" if key in found else key))
             found.setdefault(key, value)
@@ -161,9 +169,7 @@ def parse(content: bytes | str, file: str) -> Document:
     Raises: SpecError: what cannot be read at all: not UTF-8, too large, no YAML, not a map.
     """
     if len(content) > MAX_BYTES:
-        raise SpecError(
-            _whole("too-large", f"{len(content)} bytes; an interface has at most {MAX_BYTES}", file)
-        )
+        raise SpecError(_whole("too-large", f"larger than {MAX_BYTES:,} bytes, which is the limit", file))
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     except UnicodeDecodeError as error:
@@ -175,14 +181,15 @@ def parse(content: bytes | str, file: str) -> Document:
         events = iter(yaml.parse(text, Loader=_Loader))
         next(events)  # the stream starts
         if isinstance(event := next(events), yaml.StreamEndEvent):
-            raise SpecError(
-                _whole("empty", "the file is empty", file, "an interface, beginning with 'adapterkit: 1'")
-            )
+            raise SpecError(_whole("empty", "the file is empty", file, _BEGINNING))
         data = builder.build(events, next(events), ())
         next(events)  # the document ends
         if not isinstance(event := next(events), yaml.StreamEndEvent):
             builder.refuse(
-                builder.place(event), "two-documents", "a second document begins here", "one per file"
+                builder.place(event),
+                "two-documents",
+                "a second document begins here",
+                "expected one in a file",
             )
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -192,13 +199,13 @@ def parse(content: bytes | str, file: str) -> Document:
             [*builder.problems, Problem("not-yaml", what, file=file, line=place[0], column=place[1])]
         ) from None
     except (yaml.YAMLError, ValueError) as error:  # unprintable characters
-        raise SpecError(_whole("not-yaml", " ".join(str(error).split())[:200], file)) from None
+        what = str(getattr(error, "reason", error))[:200]
+        raise SpecError(_whole("not-yaml", f"characters that no YAML has: {what}", file)) from None
     except RecursionError:
         raise SpecError(_whole("too-deep", f"nested more than {MAX_DEPTH} deep", file)) from None
     if not isinstance(data, dict):
         kind = "empty" if data is None else "not-a-map"
-        whole = _whole(kind, "the file holds no map", file, "an interface, beginning with 'adapterkit: 1'")
-        raise SpecError([*builder.problems, whole])
+        raise SpecError([*builder.problems, _whole(kind, "the file holds no map", file, _BEGINNING)])
     return Document(data, builder.marks, builder.keys, file, tuple(builder.problems))
 
 
@@ -210,10 +217,8 @@ def read(path: Path, shown: str | None = None) -> Document:
     """Parse the file at `path`; it is called `shown` in messages."""
     name = shown or str(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            size = path.stat().st_size
-            raise SpecError(_whole("too-large", f"{size} bytes; an interface has at most {MAX_BYTES}", name))
-        content = path.read_bytes()
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise SpecError(Problem("unreadable", f"cannot be read: {error.strerror}", file=name)) from None
     except ValueError:  # a name that no file system takes
