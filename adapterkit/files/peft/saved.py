@@ -77,7 +77,7 @@ def give_modules(
         Problem("peft-ambiguous", f"PEFT would also take {path} for {name}", name, file=directory)
         for path, _ in own_modules(blueprint.model)
         for name in modules
-        if path != name and path.endswith(name)
+        if path not in modules and path.endswith(name)
     ]
     if problems:
         raise FileFormatError(problems)
