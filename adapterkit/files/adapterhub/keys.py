@@ -41,7 +41,7 @@ def sort(tensors: Mapping[str, torch.Tensor], name: str, blueprint: Blueprint) -
             problems.append(Problem("unknown-tensors", "belongs to no module of this model", key, "", hint))
         elif found.modules.setdefault(hosts[module], module) != module:
             message = f"belongs to the same module as tensors at {found.modules[hosts[module]]!r}"
-            problems.append(Problem("named-twice", message, key))
+            problems.append(Problem("bad-file", message, key))
         else:
             found.parts.setdefault(hosts[module], {})[parameter] = tensor
     if problems:

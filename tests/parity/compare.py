@@ -1,0 +1,121 @@
+"""One recorded case in this version of transformers: load its files, run its inputs, compare."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import adapterkit as ak
+from tests.parity.recordings import Case
+
+TOLERANCE = 1e-4
+"""Absolute; outputs are of order 1 to 10."""
+NESTED = ("text_model_output", "vision_model_output")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a case: `agree`, `refused` with a code, or `wrong` with the largest difference."""
+
+    status: str
+    code: str = ""
+    worst: float = 0.0
+    where: str = ""
+
+
+def run(case: Case, work: Path) -> Result:
+    """Load a case's adapter and compare its outputs; merge it and compare again where the recorder did."""
+    said = case.said()
+    model = base(case, said["attn"])
+    try:
+        kit = ak.load(model, adapter_directory(case, work), name="a", head=False, allow_bin=True)
+    except ak.errors.FileFormatError as error:
+        return Result("refused", error.code)
+    expected = load_file(case.directory / "expected.safetensors")
+    worst = max(differences(case, model, expected))
+    if said.get("merge") and worst[0] <= TOLERANCE:
+        kit.merge("a")
+        worst = max([worst, *differences(case, model, expected), *merged(model, expected)])
+        kit.unmerge()
+    return Result("agree" if worst[0] <= TOLERANCE else "wrong", "", *worst)
+
+
+def base(case: Case, attn: str) -> nn.Module:
+    """The recorded base model."""
+    cls: Any = getattr(transformers, case.cls)
+    model: nn.Module = cls.from_pretrained(case.base, attn_implementation=attn)
+    return model.eval()
+
+
+def adapter_directory(case: Case, work: Path) -> Path:
+    """The case's adapter directory, with the tensors that `save_adapter` left out where there are any.
+
+    From a base model class it does not save what VeRA shares, and then the numbers are not in the files.
+    """
+    directory = case.directory / "adapters" / "a"
+    extra = case.directory / "extra_params.safetensors"
+    if not extra.exists():
+        return directory
+    copied = Path(tempfile.mkdtemp(dir=work)) / "a"
+    shutil.copytree(directory, copied)
+    tensors = stored(copied)
+    (copied / "pytorch_adapter.bin").unlink(missing_ok=True)
+    save_file({**tensors, **load_file(extra)}, copied / "adapter.safetensors")
+    return copied
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter directory, each with memory of its own."""
+    file = directory / "adapter.safetensors"
+    if not file.exists():
+        found = torch.load(directory / "pytorch_adapter.bin", weights_only=True)
+        return {key: value.contiguous().clone() for key, value in found.items()}
+    return dict(load_file(file))
+
+
+def outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All plain tensors of an output by name; those of nested outputs after a dot."""
+    found = {}
+    for name, value in result.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif name in NESTED:
+            found |= {f"{name}.{inner}": tensor for inner, tensor in outputs(value).items()}
+    return found
+
+
+def differences(case: Case, model: nn.Module, expected: Mapping[str, Tensor]) -> Iterator[tuple[float, str]]:
+    """(largest absolute difference, name) of every recorded output."""
+    inputs = load_file(case.base / "inputs.safetensors")
+    with torch.no_grad():
+        found = outputs(model(**inputs))
+    for name, want in expected.items():
+        if name.startswith("merged/"):
+            continue
+        if name.endswith(".pooler_output") and name.partition(".")[0] in NESTED:
+            continue  # newer versions give another tensor under this name
+        if name not in found or found[name].shape != want.shape:
+            yield float("inf"), name
+            continue
+        off = (found[name] - want).abs()
+        mask = inputs.get("attention_mask")
+        if mask is not None and off.shape[:2] == mask.shape:
+            off = off[mask.bool()]  # a padded query on the left attends to nothing, and its row means nothing
+        yield off.max().item(), name
+
+
+def merged(model: nn.Module, expected: Mapping[str, Tensor]) -> Iterator[tuple[float, str]]:
+    """(largest absolute difference, name) of every weight that the recorder's merge changed."""
+    here = dict(model.named_parameters())
+    for name, want in expected.items():
+        if name.startswith("merged/"):
+            yield (here[name.removeprefix("merged/")] - want).abs().max().item(), name

@@ -1,0 +1,109 @@
+"""What AdapterHub's `adapters` 1.3.0 computed on tiny random models, with transformers 4.57.6.
+
+    <family>/<Class>/config.json, model.safetensors or weights.json (how they are drawn): the base model
+                     inputs.safetensors
+                     <case>/case.json, expected.safetensors, adapters/<name>/, extra_params.safetensors
+    matrix.json      {family: {Class: {case: {status, suspect, ...}}}}
+
+A family is a directory or an archive. `tests/parity/data` is a small part, packed by pack.py; the environment
+variable ADAPTERKIT_GOLDENS names a directory with a whole recording, which is read in place of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.parity import weights
+
+COMPACT = Path(__file__).parent / "data"
+SPINE = re.compile(r"lora.*|ia3.*|vera.*|dora.*|dvora|merge_.*")
+"""Cases of the LoRA family."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter on one base model, and what came out."""
+
+    root: Path
+    family: str
+    cls: str
+    name: str
+
+    @property
+    def base(self) -> Path:
+        """Directory of the base model, complete."""
+        return base_directory(unpacked(self.root, self.family) / self.cls)
+
+    @property
+    def directory(self) -> Path:
+        return self.base / self.name
+
+    def said(self) -> dict[str, Any]:
+        """The facts in case.json."""
+        found: dict[str, Any] = json.loads((self.directory / "case.json").read_text(encoding="utf-8"))
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.cls}-{self.name}"
+
+
+def root() -> Path:
+    """The recording that the tests read."""
+    return Path(os.environ.get("ADAPTERKIT_GOLDENS", COMPACT))
+
+
+def cases(root: Path, pattern: re.Pattern[str] = SPINE) -> Iterator[Case]:
+    """Cases whose numbers are to be reproduced: those that ran, and are not suspected of an accident."""
+    matrix = json.loads((root / "matrix.json").read_text(encoding="utf-8"))
+    for family, classes in matrix.items():
+        for cls, results in classes.items():
+            for name, result in results.items():
+                if pattern.fullmatch(name) and result["status"] == "ok" and not result.get("suspect"):
+                    yield Case(root, family, cls, name)
+
+
+def refusal(case: Case) -> str | None:
+    """The code that a case must be refused with; all others must agree."""
+    if case.family == "xmod":
+        return "not-reproducible"  # they take the language adapters out, which are a part of the model
+    if case.family == "deberta" and case.name == "lora_gating":
+        return "gated-blocks"  # three gates, for thirds of rows that are no roles
+    # they adapt no output projection, so that nothing is in the file
+    return "empty-adapter" if case.name == "lora_o_only" else None
+
+
+@cache
+def unpacked(root: Path, family: str) -> Path:
+    """The directory of a family, from an archive if need be."""
+    if (root / family).is_dir():
+        return root / family
+    archive = next(path for path in sorted(root.glob(f"{family}.tar.*")))
+    with tarfile.open(archive) as packed:
+        packed.extractall(_workplace(), filter="data")
+    return _workplace() / family
+
+
+@cache
+def _workplace() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="parity-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+@cache
+def base_directory(directory: Path) -> Path:
+    """A directory with the weights of its base model, drawn again where only the way to draw them is kept."""
+    if not (directory / "model.safetensors").exists():
+        weights.write(directory)
+    return directory
