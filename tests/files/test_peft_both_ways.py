@@ -19,7 +19,7 @@ pytestmark = NOISE
 
 ALL = [row for row in ROWS if row != "custom"]
 METHODS = ("lora", "dora", "ia3", "vera")
-# other structures than BERT's: Conv1D and fused, grouped queries, both stacks, towers, shared layers, two models
+# Conv1D and fused, grouped queries, two stacks, towers, shared layers, two models
 SPECIMENS = ("gpt2", "phi3", "t5", "clip", "albert", "encoder_decoder")
 
 

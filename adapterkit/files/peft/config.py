@@ -112,7 +112,7 @@ class VeRAFile(PeftFile):
 TYPES: dict[str, type[PeftFile]] = {"LORA": LoRAFile, "IA3": IA3File, "VERA": VeRAFile}
 
 # how the file came to be, or what only other fields make use of
-_IDLE = frozenset(
+IDLE = frozenset(
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode fan_in_fan_out "
     "runtime_config megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config "
     "init_ia3_weights init_weights projection_prng_key save_projection".split()
@@ -139,7 +139,7 @@ _CHANGED = (
     "the weights of the base model were changed at the start; PEFT can save the difference to the plain "
     "model with path_initial_model_for_weight_conversion"
 )
-_REFUSED: dict[str, _Rule] = {
+REFUSED: dict[str, _Rule] = {
     "bias": _only("peft-bias", "biases of the base model were trained too", "none"),
     "lora_bias": _only("peft-bias", "the updates have biases"),
     "init_lora_weights": _only("peft-init", _CHANGED, True, False, None, "gaussian", "eva", "orthogonal"),
@@ -193,10 +193,10 @@ def parse(data: Mapping[str, Any], file: str) -> PeftFile:
 
 
 def _judge(field: str, value: Any, file: str) -> Iterable[Problem]:
-    rule = _REFUSED.get(field, _UNKNOWN)
+    rule = REFUSED.get(field, _UNKNOWN)
     # 0 == False and 1 == True, but they are other values
     plain = any(type(value) is type(same) and value == same for same in rule.plain)
-    if field not in _IDLE and not plain:
+    if field not in IDLE and not plain:
         yield Problem(rule.code, f"{f'{field} is {value!r}'[:120]}: {rule.why}", field, file=file)
 
 

@@ -70,7 +70,7 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
         "revision": known["revision"],
         "task_type": None,
         "inference_mode": True,
-        "target_modules": _exactly(units, [path for path, _ in own_modules(blueprint.model)], dotted=True),
+        "target_modules": exactly(units, [path for path, _ in own_modules(blueprint.model)], dotted=True),
         "modules_to_save": list(saved) or None,
         # Conv1D keeps its weight transposed; PEFT sees that for itself, but warns where this does not say so
         "fan_in_fan_out": all(slot.transposed for slot in adapter.plan.slots),
@@ -81,7 +81,7 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
     return write_directory(directory, {WEIGHTS: tensors}, {CONFIG: to_json(config)})
 
 
-def _exactly(wanted: Iterable[str], among: Iterable[str], *, dotted: bool) -> list[str] | str:
+def exactly(wanted: Iterable[str], among: Iterable[str], *, dotted: bool) -> list[str] | str:
     """What PEFT takes for exactly these paths: a list, or a pattern where one ends another path.
 
     Args: dotted: PEFT compares whole names at the end, not letters.
@@ -222,7 +222,7 @@ def _ia3(adapter: Adapter, units: Units, file: str) -> _Said:
             whole = torch.stack([_spread(slot, unit.scale.detach(), 1.0) for slot, unit in there]).prod(dim=0)
             tensors[f"{path}.ia3_l"] = whole[:, None]
     _refuse(problems)
-    return _Said(tensors, {"peft_type": "IA3", "feedforward_modules": _exactly(forward, units, dotted=False)})
+    return _Said(tensors, {"peft_type": "IA3", "feedforward_modules": exactly(forward, units, dotted=False)})
 
 
 # -- VeRA
