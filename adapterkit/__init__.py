@@ -18,9 +18,9 @@ _HOMES = {
     "Kit": "adapterkit.kit",
     "Adapter": "adapterkit.adapter",
     "Plan": "adapterkit.planning",
-    "Interface": "adapterkit.interface",
-    "register": "adapterkit.interface",
-    "interfaces": "adapterkit.interface",
+    "Interface": "adapterkit.spec.schema",
+    "register": "adapterkit.spec.registry",
+    "interfaces": "adapterkit.spec.registry",
     "LoRAConfig": "adapterkit.methods.lora",
     "IA3Config": "adapterkit.methods.ia3",
     "VeRAConfig": "adapterkit.methods.vera",
@@ -54,7 +54,6 @@ __all__ = [  # noqa: PLE0604
 if TYPE_CHECKING:
     from adapterkit import errors
     from adapterkit.adapter import Adapter
-    from adapterkit.interface import Interface, interfaces, register
     from adapterkit.kit import Kit, attach, load, of, plan
     from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
     from adapterkit.methods.ia3 import IA3Config
@@ -62,6 +61,8 @@ if TYPE_CHECKING:
     from adapterkit.methods.mtl_lora import MTLLoRAConfig
     from adapterkit.methods.vera import VeRAConfig
     from adapterkit.planning import Plan
+    from adapterkit.spec.registry import interfaces, register
+    from adapterkit.spec.schema import Interface
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ NEXT_STEPS = """\
 Adapters for PyTorch and Hugging Face models. Three next steps:
 
   adapterkit list           families and methods
-  adapterkit show bert      the slots of a model, and what each method would train
+  adapterkit show MODEL     the slots of a model, and what each method would train
   adapterkit demo           the whole job on real text, in three minutes
 
 adapterkit --help shows all commands."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from adapterkit.errors import listing
 from adapterkit.spec.text import Document, Loc, Mark
 from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, RESERVED, SUBLAYERS
 
@@ -84,6 +86,18 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
+def _check_alternatives(options: tuple[Path, ...] | tuple[Sublayer, ...] | None, kind: str) -> None:
+    """Two or more, told apart by what exists; what holds for all of them stands beside 'any_of'."""
+    if options is None:
+        return
+    if len(options) < 2:
+        raise refuse("one-of", "'any_of' needs at least two alternatives")
+    outside = {"path": {"any_of", "optional", "batch", "was"}, "block": {"any_of", "optional"}}[kind]
+    words = sorted({word for option in options for word in option.model_fields_set & outside})
+    if words:
+        raise refuse("one-of", f"an alternative takes no {listing(repr(word) for word in words)}")
+
+
 class Path(Model):
     """A module, named by its path below the layer (inside a sublayer) or below the stack's root."""
 
@@ -110,8 +124,7 @@ class Path(Model):
                 "bad-path",
                 f"{self.path!r} is not a module path: names joined by '.', without code or patterns",
             )
-        if self.any_of is not None and len(self.any_of) < 2:
-            raise refuse("one-of", "'any_of' needs at least two alternatives")
+        _check_alternatives(self.any_of, "path")
         return self
 
     @cached_property
@@ -222,8 +235,7 @@ class Sublayer(Model):
     def _alternatives(self) -> Self:
         if self.any_of is not None and self.model_fields_set - {"any_of", "when", "optional"}:
             raise refuse("one-of", "next to 'any_of' only 'when' and 'optional' may stand")
-        if self.any_of is not None and len(self.any_of) < 2:
-            raise refuse("one-of", "'any_of' needs at least two alternatives")
+        _check_alternatives(self.any_of, "block")
         return self
 
     @cached_property
@@ -266,7 +278,7 @@ class Attention(Sublayer):
             raise refuse(
                 "missing-word", "an attention block needs 'core', the module that computes attention"
             )
-        _no_overlap(self.fused, {role: getattr(self, role) for role in ATTENTION_ROLES})
+        _check_fused(self.fused, {role: getattr(self, role) for role in ATTENTION_ROLES})
         if self.out is None and self.o is None:
             raise refuse(
                 "missing-word", "an attention block needs 'o' (or 'out', where it has no output projection)"
@@ -286,7 +298,7 @@ class Mlp(Sublayer):
     def _complete(self) -> Self:
         if self.any_of is not None:
             return self
-        _no_overlap(self.fused, {role: getattr(self, role) for role in MLP_ROLES})
+        _check_fused(self.fused, {role: getattr(self, role) for role in MLP_ROLES})
         if self.out is None and self.down is None:
             raise refuse(
                 "missing-word", "an MLP needs 'down' (or 'out', where its last matrix is not one module)"
@@ -294,7 +306,10 @@ class Mlp(Sublayer):
         return self
 
 
-def _no_overlap(fused: Fused | None, named: dict[str, Path | None]) -> None:
+def _check_fused(fused: Fused | None, named: dict[str, Path | None]) -> None:
+    foreign = [role for role in (fused.order if fused else ()) if role not in named]
+    if foreign:
+        raise refuse("bad-order", f"no roles of this sublayer: {listing(foreign)}")
     twice = [role for role in (fused.order if fused else ()) if named.get(role) is not None]
     if twice:
         raise refuse("named-twice", f"named on their own and in 'fused.order': {', '.join(twice)}")
@@ -354,12 +369,6 @@ UnembedField = Annotated[
 class Layer(Model):
     """What one layer of a stack is made of."""
 
-    block: Literal["sequential", "parallel"] | None = Field(
-        None, description="parallel: attention and MLP read the same input and are added together"
-    )
-    shared_norm: PathField | None = Field(
-        None, description="the one norm before both branches of a parallel block"
-    )
     attention: Attention | None = Field(None, description=SUBLAYERS["attention"])
     cross_attention: Attention | None = Field(None, description=SUBLAYERS["cross_attention"])
     mlp: Mlp | None = Field(None, description=SUBLAYERS["mlp"])
@@ -407,6 +416,12 @@ LayersField = Annotated[Layers, BeforeValidator(_path, json_schema_input_type=st
 class Stack(Layer):
     """A column of layers with one residual stream."""
 
+    block: Literal["sequential", "parallel"] | None = Field(
+        None, description="parallel: attention and MLP read the same input and are added together"
+    )
+    shared_norm: PathField | None = Field(
+        None, description="the one norm before both branches of a parallel block"
+    )
     at: PathField | None = Field(
         None, description="root of the stack below the base model (default: the base model)"
     )
@@ -498,6 +513,16 @@ class Interface(Model):
     peft: Peft | None = None
     _document: Document | None = PrivateAttr(None)
     _digest: str | None = PrivateAttr(None)
+
+    @classmethod
+    def load(cls, source: str | FilePath | dict[str, Any] | Interface) -> Interface:
+        """An interface from a path, a name or model type, a dict, or as it is.
+
+        Raises: SpecError: with every problem of the file.
+        """
+        from adapterkit.spec import registry  # which reads files into this class
+
+        return registry.load(source)
 
     def mark(self, loc: Loc) -> Mark | None:
         """Where `loc` stands in the file that this interface was read from."""

@@ -105,7 +105,7 @@ def language() -> str:
             for name, field in model.model_fields.items()
         )
         head = ("word", "value", "default", "meaning")
-        text += [f"### {model.__name__}", (model.__doc__ or "").strip(), table(head, rows)]
+        text += [f"## {model.__name__}", (model.__doc__ or "").strip(), table(head, rows)]
     return "\n\n".join(text)
 
 

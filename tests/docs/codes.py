@@ -103,7 +103,7 @@ def collect(package: Path = PACKAGE) -> tuple[dict[str, list[str]], list[str]]:
                 value = passed(node, takes[name]) if name in takes else None
             elif isinstance(node, ast.Return) and id(node) in choosing(tree):
                 value = node.value
-            if value is None:
+            if value is None or (isinstance(value, ast.Constant) and value.value == ""):  # no problem, only its place
                 continue
             codes = set(literals(value, tree))
             for code in codes:
