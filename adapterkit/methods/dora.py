@@ -67,8 +67,8 @@ class _Magnitude(Unit):
         # squared and rooted as in `norm`, so that both have the same bits
         self.m = nn.Parameter(torch.linalg.vector_norm(readable(slot, "DoRA"), dim=1).square().sqrt())
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """L (D_out, R), S (R, D_in) and s with D = s L S."""
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """L (D_out, R), S (R, D_in) and s with D = s L S, computed in `dtype`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -77,8 +77,7 @@ class _Magnitude(Unit):
         weight = slot_weight(host, self.transposed, self.rows)  # type: ignore[arg-type]
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight = weight.to(wide)
-        left, right, scaling = self.factors()
-        left, right = left.to(wide), right.to(wide)
+        left, right, scaling = self.factors(wide)
         scaling = scaling if self.norm_scaled else 1.0
         own = torch.linalg.vector_norm(weight, dim=1)
         cross = (weight @ right.t() * left).sum(dim=1)
@@ -101,8 +100,8 @@ class _Magnitude(Unit):
     def merged(
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        left, right, scaling = self.factors()
-        low = left.to(weight.dtype) @ right.to(weight.dtype)
+        left, right, scaling = self.factors(weight.dtype)
+        low = left @ right
         norm = torch.linalg.vector_norm(weight + (scaling if self.norm_scaled else 1.0) * low, dim=1)
         gain = self.m.to(weight.dtype) / norm
         return gain[:, None] * (
@@ -121,8 +120,8 @@ class DoRA(_Magnitude, LoRA):
         super().__init__(slot, config, generator)
         self.decompose(slot, config.norm_scaled, config.scale_bias)
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        return self.B, self.A, self.scaling
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        return self.B.to(dtype), self.A.to(dtype), self.scaling
 
     def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -147,9 +146,9 @@ class DVoRA(_Magnitude, VeRA):
         super().__init__(slot, config, shared)
         self.decompose(slot, config.norm_scaled, config.scale_bias)
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        a, b = self.matrices()
-        return self.b[:, None] * b * self.d, a, self.scaling
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        a, b = (matrix.to(dtype) for matrix in self.matrices())
+        return self.b.to(dtype)[:, None] * b * self.d.to(dtype), a, self.scaling
 
     def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         return self.adapt(out, self.low_rank(self.dropped(x)), host)
