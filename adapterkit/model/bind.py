@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from adapterkit.model import layouts, linear
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.scope import Draft, Found, Here
 from adapterkit.model.walk import child
-from adapterkit.spec.schema import Attention, Layer, Path, Stack, Sublayer
+from adapterkit.spec.schema import Attention, Layer, Path, Sizes, Stack, Sublayer
 from adapterkit.spec.text import Loc
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -92,7 +91,7 @@ def _bind(here: Here, said: Sublayer) -> None:
     if isinstance(said, Attention):
         word = str(here.sublayer)
         here.draft.kernels[word], here.draft.eager[word] = said.kernel, said.eager
-        here.draft.sizes[word] = _head_counts(said, core, here.config)
+        here.draft.sizes[word] = _head_counts(here.at("sizes"), said.sizes, core)
     if said.fused is not None:
         host = here.find(said.fused.path, "fused", "path")
         if host:
@@ -167,11 +166,12 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
         )
 
 
-def _head_counts(said: Attention, core: Found | None, config: Any) -> tuple[int | None, int | None]:
+def _head_counts(here: Here, said: Sizes | None, core: Found | None) -> tuple[int | None, int | None]:
     """(query heads, key/value heads): what the spec says, else what config or core show."""
-    holders = [holder for holder in (config, core.module if core else None) if holder is not None]
+    holders = [holder for holder in (here.config, core.module if core else None) if holder is not None]
 
-    def look(declared: int | str | None, usual: tuple[str, ...]) -> int | None:
+    def look(word: str, usual: tuple[str, ...]) -> int | None:
+        declared = getattr(said, word, None)
         if isinstance(declared, int):
             return declared
         for holder in holders:
@@ -179,8 +179,11 @@ def _head_counts(said: Attention, core: Found | None, config: Any) -> tuple[int 
                 value = getattr(holder, name, None)
                 if isinstance(value, int):
                     return value
+        if declared:
+            fact = f"neither the config nor the core has a whole number {declared!r}"
+            here.note("unknown-config-field", fact, words=(word,))
         return None
 
-    sizes = said.sizes
-    heads = look(sizes.heads if sizes else None, _HEADS)
-    return heads, look(sizes.kv_heads if sizes else None, _KV_HEADS) or heads
+    look("head_dim", ())
+    heads = look("heads", _HEADS)
+    return heads, look("kv_heads", _KV_HEADS) or heads

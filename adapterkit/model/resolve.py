@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from adapterkit.errors import Problem, ResolveError, SpecError, listing
+from adapterkit.errors import Problem, ResolveError, SpecError, did_you_mean, listing
 from adapterkit.model.bind import add_place, add_slot, bind_layer
 from adapterkit.model.blueprint import Blueprint, Head, StackInfo
 from adapterkit.model.heads import find_heads
@@ -67,6 +67,8 @@ def interface_of(model: nn.Module, interface: Any = None) -> Interface:
     try:
         return registry.by_name(model_type)
     except SpecError as error:
+        if error.code != "unknown-interface":
+            raise
         raise ResolveError(replace(error.problems[0], code="no-interface")) from None
 
 
@@ -151,12 +153,11 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
             continue
         found.claimed.append(module.module)
         config = getattr(module.module, "config", None) or scope.sub_config(part.config)
-        try:
-            spec = registry.by_name(config.model_type)
-        except (SpecError, AttributeError):
-            kind = getattr(config, "model_type", "without a model type")
+        kind = str(getattr(config, "model_type", "without a model type"))
+        if kind not in registry.model_types():
             here.note("no-interface", f"there is no interface for the part, a model of type {kind!r}")
             continue
+        spec = registry.by_name(kind)
         inner = Scope(spec, module.module, module.path, f"{scope.prefix}{name}/", scope.by_default and part.by_default)
         inside = _Gathered(found.draft, found.stacks, found.claimed, poolers=found.poolers)
         _resolve_scope(inner, inside)
@@ -205,7 +206,7 @@ def _roots(here: Here, at: Path | None) -> list[Found]:
     modules = ((option, child(here.root, str(option.path))) for option in options)
     found = [Found(m, join(here.path, str(option.path)), option) for option, m in modules if m is not None]
     if not found:
-        here.at("at").note_lazily("path-not-found", lambda: missing(here.root, str(options[0].path)))
+        here.at("at").note_lazily("path-not-found", lambda: missing(here.root, str(options[0].path), here.path))
     return found
 
 
@@ -225,6 +226,8 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
             add_slot(here, extra, found, ("extra", extra))
     layers = _layers(here.at("layers"), stack)
     kinds = _kinds(here.at("kinds"), stack, len(layers))
+    if stack.kinds and not kinds:
+        layers = []  # what they are made of is not known
     for index, (path, layer) in enumerate(layers):
         inside = replace(here, root=layer, path=join(here.path, path), address=f"{address}.{index}", layer=index)
         bind_layer(inside, stack, kinds[index] if kinds else None)
@@ -275,7 +278,7 @@ def _layers(here: Here, stack: Stack) -> list[tuple[str, nn.Module]]:
     if child(here.root, top) is not None:
         here.note("path-not-found", f"{found[0][0]!r} holds no layers")
     else:
-        here.note_lazily("path-not-found", lambda: missing(here.root, top))
+        here.note_lazily("path-not-found", lambda: missing(here.root, top, here.path))
     return []
 
 
@@ -288,8 +291,11 @@ def _kinds(here: Here, stack: Stack, count: int) -> list[str] | None:
     if not isinstance(values, list | tuple) or len(values) != count:
         here.note("unknown-config-field", f"config field {by!r} does not list {count} layers", words=("by",))
         return None
-    unknown = sorted(set(values) - stack.kinds.of.keys())
+    kinds = [str(value) for value in values]
+    unknown = sorted(set(kinds) - stack.kinds.of.keys())
     if unknown:
-        here.note("unknown-kind", f"layers of kind {listing(unknown)}", listing(stack.kinds.of), words=("by",))
+        hint = did_you_mean(unknown[0], stack.kinds.of)
+        known = f"kinds: {listing(stack.kinds.of)}"
+        here.note("unknown-kind", f"the model has layers of kind {listing(unknown)}", known, hint, words=("by",))
         return None
-    return [str(value) for value in values]
+    return kinds

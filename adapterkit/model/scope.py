@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from adapterkit.errors import Problem, listing
+from adapterkit.errors import Problem, did_you_mean, listing
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.walk import child, join, missing
 from adapterkit.spec.schema import Interface, Path
@@ -117,14 +118,15 @@ class Here:
             actual = getattr(self.config, name, _MISSING)
             if actual is _MISSING:
                 known = sorted(key for key in getattr(self.config, "__dict__", ()) if not key.startswith("_"))
-                self.note("unknown-config-field", f"the config has no field {name!r}", listing(known), words=("when",))
+                fact, fields = f"the config has no field {name!r}", f"fields: {listing(known)}"
+                self.note("unknown-config-field", fact, fields, did_you_mean(name, known), words=("when",))
                 return False
             if actual != value or isinstance(actual, bool) != isinstance(value, bool):
                 return False
         return True
 
     def unexpected(self, what: str, when: Mapping[str, Any] | None) -> None:
-        values = ", ".join(f"{key}: {value}" for key, value in (when or {}).items())
+        values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in (when or {}).items())
         self.note("present", f"{what} exists although the config does not say {values}", words=("when",))
 
     def find(self, said: Path | None, *words: str | int) -> Found | None:
@@ -157,7 +159,7 @@ class Here:
             self.note("ambiguous", f"more than one alternative exists: {listing(f.path for f in found)}", "exactly one")
             return None
         if not found and said.optional is None:
-            self.note_lazily("path-not-found", lambda: _not_found(self.root, options))
+            self.note_lazily("path-not-found", lambda: _not_found(self.root, self.path, options))
         return found[0] if found else None
 
 
@@ -167,8 +169,8 @@ def _problem(interface: Interface, loc: Loc, code: str, message: str, expected: 
     return Problem(code, message, ".".join(map(str, loc)), expected, hint, **place)  # type: ignore[arg-type]
 
 
-def _not_found(root: nn.Module, options: Sequence[Path]) -> tuple[str, str, str]:
+def _not_found(root: nn.Module, at: str, options: Sequence[Path]) -> tuple[str, str, str]:
     """(fact, expected, hint) about a path that does not exist."""
-    fact, expected, hint = missing(root, str(options[0].path))
+    fact, expected, hint = missing(root, str(options[0].path), at)
     tried = f"none of {listing(repr(o.path) for o in options)} exists; " if len(options) > 1 else ""
     return tried + fact, expected, hint

@@ -66,8 +66,8 @@ def expand(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def missing(module: nn.Module, path: str) -> tuple[str, str, str]:
-    """Why `path` is not below `module`: (fact, children that exist, hint)."""
+def missing(module: nn.Module, path: str, at: str = "") -> tuple[str, str, str]:
+    """Why `path` is not below `module`, which is found at `at`: (fact, children that exist, hint)."""
     node, walked = module, []
     for part in path.split("."):
         following = node._modules.get(part)
@@ -75,10 +75,12 @@ def missing(module: nn.Module, path: str) -> tuple[str, str, str]:
             break
         walked.append(part)
         node = following
-    where = ".".join(walked) or "the root"
+    where = join(at, ".".join(walked) or ".") or "the model itself"
     state = "is None" if part in node._modules else "does not exist"
     names = [name for name, found in node._modules.items() if found is not None]
-    guess = did_you_mean(part, names) or did_you_mean(part, _leaves(node))
+    rest = path.split(".")[len(walked) + 1 :]
+    near = [".".join((*walked, name, *rest)) for name in names]
+    guess = did_you_mean(path, near) or did_you_mean(part, _leaves(node))
     return f"{path!r} {state} in {where} ({type(node).__name__})", f"children there: {listing(names)}", guess
 
 

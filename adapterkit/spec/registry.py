@@ -39,8 +39,9 @@ class Entry:
 @dataclass
 class _Registry:
     entries: dict[str, Entry] = field(default_factory=dict)
-    types: dict[str, str] = field(default_factory=dict)
-    loaded: dict[str, Interface] = field(default_factory=dict)
+    types: dict[str, Entry] = field(default_factory=dict)
+    """Model type -> who describes it: a file that takes the name of another takes only the types that it says."""
+    loaded: dict[Path, Interface] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
         declared = read(entry.path).data.get("model_type")
@@ -48,7 +49,7 @@ class _Registry:
         self.loaded.clear()
         for model_type in declared if isinstance(declared, list) else [declared]:
             if isinstance(model_type, str):
-                self.types[model_type] = entry.name
+                self.types[model_type] = entry
 
 
 def known_files() -> Iterator[Entry]:
@@ -114,8 +115,8 @@ def _find(name: str, asking: str) -> Document:
 def _entry(name: str) -> Entry:
     """What is known by this name or model type."""
     registry = _registry()
-    key = name if name in registry.entries else registry.types.get(name)
-    if key is None:
+    entry = registry.types.get(name) or registry.entries.get(name)
+    if entry is None:
         raise SpecError(
             Problem(
                 "unknown-interface",
@@ -124,7 +125,7 @@ def _entry(name: str) -> Entry:
                 hint=did_you_mean(name, (*registry.entries, *registry.types)),
             )
         )
-    return registry.entries[key]
+    return entry
 
 
 def register(path: str | Path) -> str:
@@ -146,7 +147,7 @@ def interfaces() -> tuple[str, ...]:
 
 def model_types() -> dict[str, str]:
     """Model type -> name of its interface."""
-    return dict(sorted(_registry().types.items()))
+    return {model_type: entry.name for model_type, entry in sorted(_registry().types.items())}
 
 
 def by_name(name: str) -> Interface:
@@ -155,21 +156,20 @@ def by_name(name: str) -> Interface:
     Raises: SpecError: there is none, or its file has problems.
     """
     entry, loaded = _entry(name), _registry().loaded
-    if entry.name not in loaded:
-        loaded[entry.name] = load(entry.path)
-    return loaded[entry.name]
+    if entry.path not in loaded:
+        loaded[entry.path] = load(entry.path)
+    return loaded[entry.path]
 
 
 def name_of(interface: Interface) -> str | None:
     """Name under which exactly this interface is known, None for one from elsewhere."""
-    known = _registry().loaded
-    for name, candidate in known.items():
-        if candidate is interface:
-            return name
+    registry = _registry()
+    for entry in registry.entries.values():
+        if registry.loaded.get(entry.path) is interface:
+            return entry.name
     for model_type in interface.model_type or ():
-        found = _registry().types.get(model_type)
-        if found and digest(by_name(found)) == digest(interface):
-            return found
+        if model_type in registry.types and digest(by_name(model_type)) == digest(interface):
+            return registry.types[model_type].name
     return None
 
 
