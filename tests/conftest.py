@@ -6,7 +6,11 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite the expected outputs; review the diff")
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the expected outputs; review the diff"
+    )
+    parser.addoption("--spec", help="only these rows of the laws: bert,llama")
+    parser.addoption("--method", help="only these methods of the laws: lora,dora")
 
 
 @pytest.fixture
