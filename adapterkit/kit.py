@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from adapterkit import merging, report
+from adapterkit.activation import programs
 from adapterkit.adapter import Adapter
 from adapterkit.errors import (
     CompositionError,
@@ -39,11 +40,12 @@ from adapterkit.inject.state import NAME, place_tensors
 from adapterkit.liveness import Liveness, examine
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.names import parse
-from adapterkit.model.blueprint import Blueprint, Head
+from adapterkit.methods.targets import Layers
+from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.resolve import resolve
 from adapterkit.model.walk import named_parameters
 from adapterkit.planning import Draft, Plan, build, choose, describe
-from adapterkit.runtime import Program, Programs, Runtime
+from adapterkit.runtime import Programs, Runtime
 from adapterkit.spec.schema import Interface
 
 ATTRIBUTE = "_adapterkit"
@@ -229,7 +231,8 @@ class Kit(Mapping[str, Adapter]):
     def _put(self, adapter: Adapter) -> None:
         """Put an adapter's modules into the model; the first one brings the hooks and entries with it."""
         modules = {**adapter.units, **adapter.heads, **adapter.poolers}
-        places = {place.address: place for place in (*adapter.plan.slots, *self.blueprint.heads, *self.blueprint.poolers)}
+        places: dict[str, Slot | Head] = {slot.address: slot for slot in adapter.plan.slots}
+        places |= {head.address: head for head in (*self.blueprint.heads, *self.blueprint.poolers)}
         hosts = {places[address]: module for address, module in modules.items()}
         record = manifest.write(adapter.plan, self.blueprint)
         adapter.injection = inject(self._runtime, adapter.name, hosts, adapter.shared, record)
@@ -272,10 +275,10 @@ class Kit(Mapping[str, Adapter]):
         override = self._runtime.override
         return self._active if override.programs is None else override.active
 
-    def activate(self, setup: str | None, skip_layers: tuple[int | str, ...] = ()) -> None:
-        """Make an adapter act in all threads, None: none."""
+    def activate(self, setup: str | None, skip_layers: Layers = ()) -> None:
+        """Make an adapter act in all threads, None: none; not in the layers that are skipped."""
         self._refuse_merged("activate")
-        self._run(self._programs(setup))
+        self._run(self._programs(setup, skip_layers))
         self._active = setup
 
     def _run(self, programs: Programs) -> None:
@@ -288,36 +291,18 @@ class Kit(Mapping[str, Adapter]):
             if site is not None:
                 site.program = programs.get(path)
 
-    def _programs(self, setup: str | None) -> Programs:
-        """What each site does under a setup."""
-        if setup is None:
-            return {}
-        if not isinstance(setup, str):
-            kind = type(setup).__name__
-            raise CompositionError(Problem("bad-setup", f"a setup is the name of an adapter or None, not {kind}"))
-        adapter = self[setup]
-        programs: dict[str, Program] = {path: Program(before=entry.KEY) for path in self._entries}
-        for address, (path, key) in adapter.injection.by_address.items():
-            if address == "shared":
-                continue
-            old = programs.get(path, Program())
-            if address in adapter.heads or address in adapter.poolers:
-                programs[path] = old._replace(instead=key)
-            elif adapter.units[address].acts_on == "input":
-                programs[path] = old._replace(inputs=(*old.inputs, key))
-            else:
-                programs[path] = old._replace(outputs=(*old.outputs, key))
-        return programs
+    def _programs(self, setup: str | None, skip_layers: Layers = ()) -> Programs:
+        return programs(setup, self, self.blueprint, self._entries, skip_layers)
 
     @contextmanager
-    def using(self, setup: str | None) -> Iterator[Kit]:
+    def using(self, setup: str | None, skip_layers: Layers = ()) -> Iterator[Kit]:
         """Let another adapter act, in this thread and block only."""
         self._refuse_merged("using")
         self._refuse_override()
-        programs = self._programs(setup)
+        own = self._programs(setup, skip_layers)
         override = self._runtime.override
         before = override.programs, override.active
-        override.programs, override.active = programs, setup
+        override.programs, override.active = own, setup
         try:
             yield self
         finally:

@@ -90,8 +90,8 @@ def restore(model: nn.Module, originals: Originals) -> None:
     """Put the exact bits back."""
     for path, (weight, bias) in originals.items():
         host = model.get_submodule(path)
-        host.weight.copy_(weight)  # type: ignore[operator, union-attr]
+        host.weight.copy_(weight)  # type: ignore[operator]
         if bias is not None:
-            host.bias.copy_(bias)  # type: ignore[operator, union-attr]
+            host.bias.copy_(bias)  # type: ignore[operator]
 
 

@@ -35,7 +35,7 @@ class Site(nn.Module):
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.forward
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         site = self.adapterkit
         override = site.runtime.override.programs
         program = site.program if override is None else override.get(site.key)
@@ -62,7 +62,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _call(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.__call__
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         site = self.adapterkit
         override = site.runtime.override.programs
         program = site.program if override is None else override.get(site.key)
@@ -73,7 +73,7 @@ def _call(base: type[nn.Module]) -> Callable[..., Any]:
     return __call__
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
+def _rebuild(base: Any) -> nn.Module:
     cls = adapted(base)
     module: nn.Module = cls.__new__(cls)
     return module
@@ -128,7 +128,8 @@ def open_site(module: nn.Module, key: str, runtime: Runtime) -> Site:
         site = Site(key, runtime)
         site.training = module.training
         module._modules[CHILD] = site
-        _become(module, adapted(type(module)))
+        cls: Any = type(module)
+        _become(module, adapted(cls))
     return site
 
 

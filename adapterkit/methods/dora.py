@@ -14,6 +14,7 @@ from adapterkit.methods.lora import LoRA, LoRAConfig, add_rows
 from adapterkit.methods.vera import VeRA, VeRAConfig
 from adapterkit.methods.weights import readable, slot_bias, slot_weight
 from adapterkit.model.blueprint import Slot
+from adapterkit.model.layouts import Rows
 
 
 class DoRAConfig(LoRAConfig):
@@ -59,6 +60,9 @@ class _Magnitude(Unit):
     is a constant in the backward pass (section 4.3). m starts at ||W||, so that g is exactly 1 at first.
     """
 
+    rows: Rows | None
+    in_place: bool
+
     def decompose(self, slot: Slot, norm_scaled: bool, scale_bias: bool) -> None:
         """Add the magnitude m (D_out,) to a unit that is otherwise complete."""
         self.transposed = slot.transposed
@@ -74,7 +78,7 @@ class _Magnitude(Unit):
     @torch.no_grad()
     def norm(self, host: nn.Module) -> torch.Tensor:
         """||W + D|| for each row (D_out,), from R columns instead of a second matrix of the weight's size."""
-        weight = slot_weight(host, self.transposed, self.rows)  # type: ignore[arg-type]
+        weight = slot_weight(host, self.transposed, self.rows)
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight = weight.to(wide)
         left, right, scaling = self.factors(wide)
@@ -82,20 +86,21 @@ class _Magnitude(Unit):
         own = torch.linalg.vector_norm(weight, dim=1)
         cross = (weight @ right.t() * left).sum(dim=1)
         square = (left @ (right @ right.t()) * left).sum(dim=1)
-        return (own.square() + 2 * scaling * cross + scaling**2 * square).clamp_min(0).sqrt()
+        total: torch.Tensor = own.square() + 2 * scaling * cross + scaling**2 * square
+        return total.clamp_min(0).sqrt()
 
     def adapt(self, out: torch.Tensor, delta: torch.Tensor, host: nn.Module) -> torch.Tensor:
         """From the host's output (..., D_out) and D x to the decomposed output."""
         gain = self.m / self.norm(host).to(self.m.dtype)
-        own = out if self.rows is None else self.rows.view(out).flatten(-2)  # type: ignore[union-attr]
-        bias = None if self.scale_bias else slot_bias(host, self.rows)  # type: ignore[arg-type]
+        own = out if self.rows is None else self.rows.view(out).flatten(-2)
+        bias = None if self.scale_bias else slot_bias(host, self.rows)
         if bias is not None:
             plain = own - bias
         else:
             # a copy of the rows: backward needs them after other units have written theirs into `out`
             plain = own if self.rows is None else own.clone()
         # written as a change of the output, so that g = 1 and D = 0 leave every bit as it is
-        return add_rows(out, (gain - 1) * plain + gain * delta, self.rows, self.in_place)  # type: ignore[arg-type]
+        return add_rows(out, (gain - 1) * plain + gain * delta, self.rows, self.in_place)
 
     def merged(
         self, weight: torch.Tensor, bias: torch.Tensor | None

@@ -65,7 +65,8 @@ class _Scale(Unit):
     def factor(self, x: torch.Tensor) -> torch.Tensor:
         """The factors for the input x (B, T, D_in): (D,), or (B, 1, D) with a gate."""
         if self.gate is not None:
-            return self.scale * self.gate(x.to(self.scale.dtype))
+            gated: torch.Tensor = self.scale * self.gate(x.to(self.scale.dtype))
+            return gated
         return self.scale if self.alpha == 1 else self.scale * self.alpha
 
     def refuses_merge(self) -> str | None:

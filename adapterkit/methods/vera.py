@@ -88,7 +88,7 @@ class VeRA(Unit):
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (R, D_in) and B (D_out, R) of this slot."""
         shared = self.owner[0]
-        return shared.A[:, : self.d_in], shared.B[: self.d_out]  # type: ignore[index, return-value]
+        return shared.A[:, : self.d_in], shared.B[: self.d_out]  # type: ignore[index]
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """s diag(b) B diag(d) A x: (..., D_in) -> (..., D_out)."""

@@ -43,7 +43,7 @@ def readable(slot: Slot, why: str) -> torch.Tensor:
     """
     host = slot.module
     planned = torch.get_default_device().type == "meta"
-    if not is_plain(host) or (host.weight.is_meta and not planned):  # type: ignore[union-attr]
+    if not is_plain(host) or (host.weight.is_meta and not planned):
         problem = Problem(
             "weight-unreadable",
             f"{why} reads the weight, but that of {slot.path} ({type(host).__name__}) is quantised or not loaded",

@@ -30,11 +30,13 @@ class Rows:
 
     def view(self, fused: torch.Tensor) -> torch.Tensor:
         """The role's part of a fused output (..., groups * width) as a view (..., groups, length)."""
-        return fused.unflatten(-1, (self.groups, self.width)).narrow(-1, self.start, self.length)
+        groups: torch.Tensor = fused.unflatten(-1, (self.groups, self.width))
+        return groups.narrow(-1, self.start, self.length)
 
     def take(self, weight: torch.Tensor) -> torch.Tensor:
         """The role's rows of a fused weight (rows, ...) as (total, ...): a view of one block, a copy of several groups."""
-        return weight.unflatten(0, (self.groups, self.width)).narrow(1, self.start, self.length).flatten(0, 1)
+        groups: torch.Tensor = weight.unflatten(0, (self.groups, self.width))
+        return groups.narrow(1, self.start, self.length).flatten(0, 1)
 
     def put(self, weight: torch.Tensor, rows: torch.Tensor) -> None:
         """Write the role's rows (total, ...) into a fused weight in place."""
