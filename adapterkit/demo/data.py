@@ -1,9 +1,10 @@
-"""Real text that every Python carries: statements of the standard library, to be told by what follows their keyword.
+"""Real text that every Python carries: statements of its standard library, to be told without their keyword.
 
-A text is what comes after the first keyword of a statement, e.g. `key in self.data: return self.data[key]`; its class is
-the keyword, here `if`. A frozen sentence encoder knows what such a line is about but hardly how it is built, so that there
-is something to learn. The label comes from the parser, not from a hand, and no text names its module, so that nothing but
-the code itself can give the answer away.
+A text is what comes after the first keyword of a statement, e.g. `key in self.data: return self.data[key]`;
+its class is the keyword, here `if`. A frozen sentence encoder knows what such a line is about, but hardly how
+it is built, so that there is something to learn. Labels come from the parser. They are a matter of the
+statement, not of its module, and every module is on one side of the split only, so that knowing modules by
+heart is no help.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from adapterkit.errors import AdapterkitError, Problem
+
 KEYWORDS: dict[type[ast.stmt], str] = {
     ast.Assert: "assert",
     ast.Delete: "del",
@@ -28,15 +31,15 @@ KEYWORDS: dict[type[ast.stmt], str] = {
     ast.With: "with",
 }
 CLASSES = tuple(KEYWORDS.values())
-LENGTH = 80
+LENGTH = 60
 """Characters of a text: the rest of the statement's line and what fits of the lines below."""
 
 SHORTEST = 12
 TEST_SHARE = 0.35
 """Share of the documents whose texts are held out."""
 
-# packages that distributors split off or that newer versions drop, so that everyone gets nearly the same texts
-LEFT_OUT = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtle", "turtledemo"}
+# what distributors split off or newer versions drop, so that everyone gets nearly the same texts
+LEFT_OUT = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtle", "turtledemo"}
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ class Dataset:
     test: tuple[int, ...]
 
 
-def load(train: int = 80, test: int = 50) -> Dataset:
-    """The same texts on each call: `train` and `test` of them for each class, no document on both sides.
+def load(train: int = 120, test: int = 50) -> Dataset:
+    """The same texts on each call, no document on both sides.
 
-    All that looks random is decided by hashes, and the documents take turns, so that a large one does not fill a class.
-    Raises: RuntimeError where Python has come without the sources of its library.
+    What looks random is decided by hashes. Documents take turns, so that a large one does not fill a class.
+    Args: train, test: texts for each class on each side, or what there is.
+    Raises: AdapterkitError: this Python came without the sources of its library.
     """
     found = _unique(_statements(Path(sysconfig.get_path("stdlib"))))
     names = sorted({document for _, document, _ in found}, key=_shuffle)
@@ -66,8 +70,9 @@ def load(train: int = 80, test: int = 50) -> Dataset:
     for wanted, on_side in ((train, set(names) - held_out), (test, held_out)):
         for name in CLASSES:
             rows = [row for row in found if row[2] == name and row[1] in on_side]
-            if len(rows) < wanted:
-                raise RuntimeError("the demo reads the sources of Python's standard library, and this Python lacks them")
+            if len(rows) < wanted / 2:
+                message = "the demo reads the sources of Python's standard library, which this Python lacks"
+                raise AdapterkitError(Problem("demo-texts", message))
             chosen += _take_turns(rows)[:wanted]
     texts, documents, labels = zip(*sorted(chosen, key=lambda row: _shuffle(row[0])), strict=True)
     return Dataset(
