@@ -35,7 +35,7 @@ from adapterkit.inject.injector import (
     move,
     open_entries,
 )
-from adapterkit.inject.site import site_of
+from adapterkit.inject.site import check_unwrapped, site_of
 from adapterkit.inject.state import NAME, place_tensors
 from adapterkit.liveness import Liveness, examine
 from adapterkit.methods.base import MethodConfig
@@ -206,7 +206,7 @@ class Kit(Mapping[str, Adapter]):
         self._refuse_merged("attach")
         old = self._adapters.pop(plan.name, None)
         if old is not None:
-            eject(old.injection)
+            self._take(old)
         adapter = Adapter(
             plan.name,
             plan,
@@ -234,15 +234,20 @@ class Kit(Mapping[str, Adapter]):
         places: dict[str, Slot | Head] = {slot.address: slot for slot in adapter.plan.slots}
         places |= {head.address: head for head in (*self.blueprint.heads, *self.blueprint.poolers)}
         hosts = {places[address]: module for address, module in modules.items()}
+        helpers = adapter.config.helpers(adapter.plan.slots)
         record = manifest.write(adapter.plan, self.blueprint)
-        adapter.injection = inject(self._runtime, adapter.name, hosts, adapter.shared, record)
+        adapter.injection = inject(self._runtime, adapter.name, hosts, adapter.shared, helpers, record)
         if ATTRIBUTE not in self.model.__dict__:
             try:
                 self._enter()
             except BaseException:
-                eject(adapter.injection)
+                self._take(adapter)
                 raise
         self._adapters[adapter.name] = adapter
+
+    def _take(self, adapter: Adapter) -> None:
+        """Take an adapter's modules out of the model."""
+        eject(adapter.injection, (other.injection for other in self._adapters.values() if other is not adapter))
 
     def _enter(self) -> None:
         """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
@@ -406,15 +411,17 @@ class Kit(Mapping[str, Adapter]):
         if len(self._adapters) == 1:
             self._remove_all()
             return self.model
-        eject(adapter.injection)
+        self._take(adapter)
         del self._adapters[name]
         self.activate(None if self._active == name else self._active)
         return self.model
 
     def _remove_all(self) -> None:
+        for hosts in (self._entries, *(adapter.injection.hosts for adapter in self._adapters.values())):
+            for path, host in hosts.items():
+                check_unwrapped(host, path)  # all or nothing
         for name in list(self._adapters):
-            eject(self._adapters[name].injection)
-            del self._adapters[name]
+            self._take(self._adapters.pop(name))
         close_entries(self._entries)
         for hook in self._hooks:
             hook.remove()

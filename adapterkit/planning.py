@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from adapterkit.errors import PlanError, Problem
-from adapterkit.methods.base import MethodConfig, Shared, SlotConfig, Unit
-from adapterkit.methods.targets import Selection, select
+from adapterkit.methods.base import MethodConfig, Shared, Unit
+from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 
 
@@ -67,8 +67,8 @@ class Plan:
         return "\n".join([*rows, f"{total} ({self.percent:.2f} % of {self.base_parameters:,})"])
 
     def _shape(self, key: str) -> str:
-        shapes = {s.shape for s in self.slots if key in (f"{s.stack}.{s.sublayer}.{s.role}", s.address)}
-        return " or ".join(f"{shape[1]} -> {shape[0]}" for shape in sorted(shapes) if shape)
+        shapes = {s.shape for s in self.slots if s.shape and key in (f"{s.stack}.{s.sublayer}.{s.role}", s.address)}
+        return " or ".join(f"{shape[1]} -> {shape[0]}" for shape in sorted(shapes))
 
     __repr__ = __str__
 
@@ -93,8 +93,7 @@ def choose(blueprint: Blueprint, config: MethodConfig, strict: bool) -> Selectio
     reason = blueprint.unsupported.get(config.method)
     if reason is not None:
         raise PlanError(Problem("unsupported", f"{blueprint.interface_name} has no {config.method}: {reason}"))
-    assert isinstance(config, SlotConfig)
-    selection = select(blueprint, config)
+    selection = config.select(blueprint)
     if selection.missing and (strict or not selection.slots):
         raise PlanError(selection.missing)
     config.check(selection.slots)
@@ -103,7 +102,6 @@ def choose(blueprint: Blueprint, config: MethodConfig, strict: bool) -> Selectio
 
 def build(config: MethodConfig, slots: tuple[Slot, ...], generator: torch.Generator | None) -> Draft:
     """The units of a plan, in float32 on the CPU (or under the device context of the caller)."""
-    assert isinstance(config, SlotConfig)
     shared = config.share(slots, generator)
     return Draft({slot.address: config.build(slot, shared, generator) for slot in slots}, shared)
 

@@ -32,6 +32,8 @@ class _Override(threading.local):
     def __init__(self) -> None:
         self.programs: Programs | None = None
         self.active: str | None = None
+        self.flow: dict[str, Any] = {}
+        """What passes between the points of a branch; see methods/flow.py."""
 
 
 class Runtime:

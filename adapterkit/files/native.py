@@ -104,10 +104,11 @@ def slots(blueprint: Blueprint, content: Content) -> tuple[Slot, ...]:
     Raises: FileFormatError: the model has not got them all, or in other shapes.
     """
     problems, found = [], []
+    available = content.config.available(blueprint)
     for address in content.addresses or ():
-        slot = blueprint.slots.get(address)
+        slot = available.get(address)
         if slot is None:
-            hint = did_you_mean(address, blueprint.slots)
+            hint = did_you_mean(address, available)
             problems.append(Problem("no-such-slot", "this model has no such slot", address, "", hint, file=content.source))
         elif address in content.shapes and tuple(content.shapes[address]) != slot.shape:
             message = f"made for a slot of shape {content.shapes[address]}; here it is {slot.shape}"
@@ -116,7 +117,7 @@ def slots(blueprint: Blueprint, content: Content) -> tuple[Slot, ...]:
             found.append(slot)
     if problems or not found:
         raise FileFormatError(problems or [Problem("bad-file", "holds no adapter", file=content.source)])
-    order = {address: i for i, address in enumerate(blueprint.slots)}
+    order = {address: i for i, address in enumerate(available)}
     return tuple(sorted(found, key=lambda slot: order[slot.address]))
 
 

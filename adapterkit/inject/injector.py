@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from adapterkit.errors import PlanError, Problem
 from adapterkit.inject import entry
 from adapterkit.inject.site import CHILD, Site, check, check_unwrapped, close_site, open_site, site_of
 from adapterkit.inject.state import slug
+from adapterkit.methods.base import Helper
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.runtime import Runtime
 
@@ -73,6 +74,7 @@ class Injection:
         self.hosts: dict[str, nn.Module] = {}
         self.entries: list[tuple[str, str]] = []
         self.by_address: dict[str, tuple[str, str]] = {}
+        self.helpers: Sequence[Helper] = ()
 
 
 def inject(
@@ -80,9 +82,10 @@ def inject(
     name: str,
     modules: Mapping[Slot | Head, nn.Module],
     shared: nn.Module | None,
+    helpers: Sequence[Helper],
     manifest: torch.Tensor,
 ) -> Injection:
-    """Register the modules of one adapter at their hosts.
+    """Register the modules of one adapter at their hosts, and the helpers that are not there yet.
 
     Raises: PlanError: a host cannot take them; the model is as before.
     """
@@ -90,7 +93,7 @@ def inject(
     plan = [(place.path, place.module, place.address, module) for place, module in modules.items()]
     if shared is not None:
         plan.insert(0, (plan[0][0], plan[0][1], "shared", shared))
-    for path, host, _, _ in plan:
+    for path, host in (*((p, h) for p, h, _, _ in plan), *((h.place.path, h.place.module) for h in helpers)):
         check(host, path)
     opened: list[tuple[str, nn.Module]] = []
     try:
@@ -107,6 +110,13 @@ def inject(
             done.hosts[path] = host
             done.entries.append((path, key))
             done.by_address[address] = (path, key)
+        done.helpers = helpers
+        for helper in helpers:
+            path, host = helper.place.path, helper.place.module
+            if CHILD not in host._modules:
+                opened.append((path, host))
+            open_site(host, path, runtime)._modules.setdefault(helper.key, helper.make())
+            done.hosts[path] = host
         first = site_of(plan[0][1])
         assert first is not None
         first.register_buffer(slug(name, "manifest"), manifest.to(device_of(plan[0][1])))
@@ -115,7 +125,7 @@ def inject(
             _site(done.hosts[path])._modules.pop(key, None)
         for path, host in opened:
             close_site(host, path)
-        raise
+        raise  # helpers that others use too may stay: they do nothing by themselves
     return done
 
 
@@ -141,15 +151,17 @@ def _site(host: nn.Module) -> Site:
     return site
 
 
-def eject(injection: Injection) -> None:
-    """Take one adapter out; sites that are empty then are closed.
+def eject(injection: Injection, others: Iterable[Injection] = ()) -> None:
+    """Take one adapter out, with the helpers that no other needs; sites that are empty then are closed.
 
     Raises: PlanError: another library wrapped a host on top; nothing is changed then.
     """
     for path, host in injection.hosts.items():
         check_unwrapped(host, path)
-    for path, key in injection.entries:
-        del _site(injection.hosts[path])._modules[key]
+    needed = {(helper.place.path, helper.key) for other in others for helper in other.helpers}
+    own = {(helper.place.path, helper.key) for helper in injection.helpers} - needed
+    for path, key in (*injection.entries, *own):
+        _site(injection.hosts[path])._modules.pop(key, None)
     for path, host in injection.hosts.items():
         site = _site(host)
         site._buffers.pop(slug(injection.name, "manifest"), None)

@@ -32,6 +32,21 @@ class Site(nn.Module):
         raise NotImplementedError("a site is run by its host")
 
 
+class _Seen:
+    """A host as units see it that accelerate has hooked.
+
+    Such a hook moves every argument that has a method `to`, and with the host all its other units, offloaded ones too.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        self._host = host
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "to":
+            raise AttributeError(name)
+        return getattr(self._host, name)
+
+
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.forward
 
@@ -50,10 +65,12 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
             return forward(self, kwargs.pop(next(iter(kwargs))), **kwargs)
         x = args[0]
         for key in program.inputs:
-            x = units[key](x, self)
+            unit = units[key]
+            x = unit(x, _Seen(self) if "_hf_hook" in unit.__dict__ else self)
         out = original(self, x, *args[1:], **kwargs)
         for key in program.outputs:
-            out = units[key](out, x, self)
+            unit = units[key]
+            out = unit(out, x, _Seen(self) if "_hf_hook" in unit.__dict__ else self)
         return out
 
     return forward

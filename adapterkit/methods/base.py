@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import nn
 
-from adapterkit.model.blueprint import Slot
+from adapterkit.methods import flow
+from adapterkit.methods.targets import Selection, select, select_branches
+from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.model.branches import Branch, branches
 
 
 def _as_tuple(value: Any) -> Any:
@@ -33,6 +36,8 @@ class Unit(nn.Module, ABC):
     """
 
     acts_on: ClassVar[Literal["input", "output"]] = "output"
+    phase: ClassVar[int] = 0
+    """Order among the units of one host: 0 changes the linear map, 2 the branch that it ends."""
 
     def refuses_merge(self) -> str | None:
         """Why the unit cannot be folded into the weight exactly, None if it can."""
@@ -49,11 +54,44 @@ class Shared(nn.Module):
     """Tensors that all units of one adapter use. Registered once, at the first site."""
 
 
-class MethodConfig(BaseModel):
+class Helper(NamedTuple):
+    """A module without tensors that units need elsewhere in the model; adapters share it."""
+
+    place: Slot
+    key: str
+    make: Callable[[], nn.Module]
+    acts_on: Literal["input", "output"]
+    phase: int
+
+
+class MethodConfig(BaseModel, ABC):
     """Options of a method. Immutable; unknown options are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
     method: ClassVar[str]
+
+    @abstractmethod
+    def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
+        """Every slot the method could act on, by address."""
+
+    @abstractmethod
+    def select(self, blueprint: Blueprint) -> Selection:
+        """The slots that are asked for, and what is missing."""
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Raise ConfigError or PlanError where the options do not fit the slots."""
+
+    def share(self, slots: Sequence[Slot], generator: torch.Generator | None) -> Shared | None:
+        """Tensors that all units use together, on the CPU."""
+        return None
+
+    @abstractmethod
+    def build(self, slot: Any, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        """The unit for one slot, in float32 on the CPU; reads the host's weight at most."""
+
+    def helpers(self, slots: Sequence[Slot]) -> list[Helper]:
+        """What the units need elsewhere."""
+        return []
 
     def replace(self, **changes: Any) -> Self:
         """The same config with some options changed (and checked)."""
@@ -74,16 +112,50 @@ class SlotConfig(MethodConfig):
     )
     leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
 
-    def check(self, slots: Sequence[Slot]) -> None:
-        """Raise ConfigError where the options do not fit the slots."""
+    def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
+        return blueprint.slots
 
-    def share(self, slots: Sequence[Slot], generator: torch.Generator | None) -> Shared | None:
-        """Tensors that all units use together, on the CPU."""
-        return None
+    def select(self, blueprint: Blueprint) -> Selection:
+        return select(blueprint, self.targets, self.layers, self.leave_out)
 
-    @abstractmethod
-    def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
-        """The unit for one slot, in float32 on the CPU; reads the host's weight at most."""
+
+class BranchConfig(MethodConfig):
+    """Options of a method that acts on branches of the residual stream."""
+
+    locations: Words = Field(
+        default=("attention", "mlp"), description="sublayers: attention, cross_attention, mlp, or addresses"
+    )
+    layers: Layers | None = Field(
+        default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
+    )
+    leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
+    branch: Literal["after_norm", "before_norm"] = Field(
+        default="after_norm", description="before or after the norm that some models have before the residual add"
+    )
+
+    def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
+        return branches(blueprint, self.branch == "before_norm")
+
+    def select(self, blueprint: Blueprint) -> Selection:
+        found = self.available(blueprint)
+        return select_branches(blueprint, found, self.locations, self.layers, self.leave_out)
+
+    def helpers(self, slots: Sequence[Slot]) -> list[Helper]:
+        found = []
+        for branch in slots:
+            if not isinstance(branch, Branch):
+                continue
+            address = branch.address
+            for place, kind, acts_on, phase in (
+                (branch.start, flow.Capture, "input", -1),
+                (branch.projection, flow.Arm, "output", 1),
+                (branch, flow.Release, "output", 3),
+                (branch.after_residual, flow.Override, "output", 3),
+            ):
+                if place is not None:
+                    key = f"{kind.__name__.lower()}__{address.replace('.', '_').replace('/', '_')}"
+                    found.append(Helper(place, key, lambda k=kind, a=address: k(a), acts_on, phase))  # type: ignore[misc, arg-type]
+        return found
 
 
 def per_slot(value: Any, slot: Slot, default: Any = None) -> Any:

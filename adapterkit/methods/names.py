@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from adapterkit.errors import ConfigError, Problem, did_you_mean, listing
 from adapterkit.methods.base import MethodConfig
+from adapterkit.methods.bottleneck import BottleneckConfig
 from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
 from adapterkit.methods.ia3 import IA3Config
 from adapterkit.methods.lora import LoRAConfig
@@ -21,8 +22,54 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 METHODS: dict[str, type[MethodConfig]] = {
     config.method: config
-    for config in (LoRAConfig, IA3Config, VeRAConfig, DoRAConfig, DVoRAConfig, MTLLoRAConfig)
+    for config in (
+        LoRAConfig,
+        IA3Config,
+        VeRAConfig,
+        DoRAConfig,
+        DVoRAConfig,
+        MTLLoRAConfig,
+        BottleneckConfig,
+    )
 }
+
+_SEQUENTIAL = {"locations": ("mlp",), "original_ln_before": True}
+_PARALLEL = {
+    "locations": ("mlp",),
+    "reduction_factor": 2.0,
+    "is_parallel": True,
+    "init_weights": "mam_adapter",
+    "scaling": 4.0,
+}
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "seq_bn": ("bottleneck", _SEQUENTIAL),
+    "double_seq_bn": ("bottleneck", {"non_linearity": "silu"}),
+    "par_bn": ("bottleneck", _PARALLEL),
+    "scaled_par_bn": ("bottleneck", {**_PARALLEL, "scaling": "learned"}),
+    "adapterplus": (
+        "bottleneck",
+        {
+            "locations": ("mlp",),
+            "reduction_factor": 96.0,
+            "non_linearity": "gelu",
+            "original_ln_before": True,
+            "original_ln_after": False,
+            "residual_before_ln": False,
+            "scaling": "channel",
+            "init_weights": "houlsby",
+            "stochastic_depth": 0.1,
+        },
+    ),
+}
+"""Names with options of their own: name -> (method, options)."""
+
+LEGACY = {
+    "pfeiffer": "seq_bn",
+    "houlsby": "double_seq_bn",
+    "parallel": "par_bn",
+    "scaled_parallel": "scaled_par_bn",
+}
+"""Names that AdapterHub used before."""
 
 
 def parse(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
@@ -75,15 +122,15 @@ def _split(text: str) -> list[str]:
 
 
 def _make(name: str, given: dict[str, Any]) -> MethodConfig:
-    config = METHODS.get(name)
+    name = LEGACY.get(name, name)
+    method, options = PRESETS.get(name, (name, {}))
+    config = METHODS.get(method)
     if config is None:
+        known = (*METHODS, *PRESETS)
         message = f"there is no method {name!r}"
-        raise ConfigError(
-            Problem(
-                "unknown-method", message, "", f"one of {listing(METHODS, 40)}", did_you_mean(name, METHODS)
-            )
-        )
-    return validate(config, given)
+        hint = did_you_mean(name, known)
+        raise ConfigError(Problem("unknown-method", message, "", f"one of {listing(known, 40)}", hint))
+    return validate(config, {**options, **given})
 
 
 def validate(config: type[MethodConfig], given: Mapping[str, Any]) -> MethodConfig:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from adapterkit.errors import PlanError, Problem, did_you_mean, listing
-from adapterkit.methods.base import SlotConfig
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.spec.vocabulary import SUBLAYERS
 
@@ -23,36 +22,72 @@ class Selection:
     missing: tuple[Problem, ...]
 
 
-def select(blueprint: Blueprint, config: SlotConfig) -> Selection:
-    """The slots that `config` asks for.
+Layers = tuple[int | str, ...]
+"""Layers as users name them: numbers, where a model has one stack, or addresses."""
+
+
+def select(
+    blueprint: Blueprint, targets: tuple[str, ...] | str, layers: Layers | None, leave_out: Layers
+) -> Selection:
+    """The linear slots that are asked for.
 
     Raises: PlanError: a layer that does not exist, or a number where the model has several stacks.
     """
-    layers = _layers(blueprint, config)
+    kept = chosen_layers(blueprint, layers, leave_out)
     chosen: dict[str, Slot] = {}
     problems: list[Problem] = []
-    targets = blueprint.roles() if config.targets == "all" else config.targets
-    for target in targets:
-        slots, missing = _target(blueprint, target, layers, partial=config.targets == "all")
+    everything = targets == "all"
+    for target in blueprint.roles() if everything else targets:
+        slots, missing = _target(blueprint, target, kept, partial=everything)
         chosen |= {slot.address: slot for slot in slots}
         problems += missing
-    order = [slot for slot in blueprint if slot.address in chosen]
-    if not order and not problems:
-        problems.append(
-            Problem("nothing-selected", "no slot is left to adapt", expected="targets and layers that meet")
-        )
-    return Selection(tuple(order), tuple(problems))
+    return _selection([slot for slot in blueprint if slot.address in chosen], problems)
 
 
-def _layers(blueprint: Blueprint, config: SlotConfig) -> set[tuple[str, int]]:
+def select_branches(
+    blueprint: Blueprint,
+    found: Mapping[str, Slot],
+    locations: tuple[str, ...],
+    layers: Layers | None,
+    leave_out: Layers,
+) -> Selection:
+    """The branches at `locations` ('attention', 'mlp', 'decoder.cross_attention', 'decoder.3.mlp')."""
+    kept = chosen_layers(blueprint, layers, leave_out)
+    chosen: set[str] = set()
+    problems: list[Problem] = []
+    for location in locations:
+        stack, _, sublayer = location.rpartition(".")
+        matching = [
+            slot
+            for slot in found.values()
+            if location == slot.address
+            or (slot.sublayer == sublayer and (stack == slot.stack or (not stack and _by_default(blueprint, slot))))
+        ]
+        if not matching:
+            known = sorted({str(slot.sublayer) for slot in found.values()})
+            message = f"this model has no branch {location!r} ({blueprint.interface_name})"
+            expected = f"branches here: {listing(known)}"
+            problems.append(Problem("no-such-branch", message, location, expected, did_you_mean(location, known)))
+        chosen |= {slot.address for slot in matching if (slot.stack, slot.layer) in kept}
+    return _selection([slot for slot in found.values() if slot.address in chosen], problems)
+
+
+def _by_default(blueprint: Blueprint, slot: Slot) -> bool:
+    return blueprint.stacks[slot.stack].by_default
+
+
+def _selection(slots: list[Slot], problems: list[Problem]) -> Selection:
+    if not slots and not problems:
+        expected = "targets and layers that meet"
+        problems.append(Problem("nothing-selected", "no slot is left to adapt", expected=expected))
+    return Selection(tuple(slots), tuple(problems))
+
+
+def chosen_layers(blueprint: Blueprint, layers: Layers | None, leave_out: Layers) -> set[tuple[str, int]]:
     """(stack, layer) pairs that are adapted."""
     everything = {(name, i) for name, info in blueprint.stacks.items() for i in range(info.num_layers)}
-    kept = (
-        everything
-        if config.layers is None
-        else set().union(*(_layer(blueprint, w) for w in config.layers), set())
-    )
-    return kept - set().union(*(_layer(blueprint, word) for word in config.leave_out), set())
+    kept = everything if layers is None else {pair for word in layers for pair in _layer(blueprint, word)}
+    return kept - {pair for word in leave_out for pair in _layer(blueprint, word)}
 
 
 def _layer(blueprint: Blueprint, word: int | str) -> set[tuple[str, int]]:

@@ -93,6 +93,9 @@ class VeRA(Unit):
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """s diag(b) B diag(d) A x: (..., D_in) -> (..., D_out)."""
         a, b = self.matrices()
+        if a.device != x.device:  # moved or offloaded after attach
+            message = f"the shared matrices are on {a.device}, the input of a unit that uses them is on {x.device}"
+            raise PlanError(Problem("shared-apart", message, expected=_TOGETHER))
         return F.linear(F.linear(x, a) * self.d, b) * (self.b * self.scaling)
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,203 @@
+"""Bottleneck adapters: a small MLP beside or behind a sublayer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from adapterkit.errors import PlanError, Problem
+from adapterkit.methods.flow import base_forward, first, flow_of, with_first
+from adapterkit.methods.activations import ACTIVATIONS
+from adapterkit.methods.base import BranchConfig, Shared, Unit
+from adapterkit.methods.lora import Gate
+from adapterkit.model.blueprint import Slot
+from adapterkit.model.branches import Branch
+
+Init = Literal["bert", "mam_adapter", "houlsby"]
+
+
+class BottleneckConfig(BranchConfig):
+    """Adapters with a bottleneck (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247)."""
+
+    method: ClassVar[str] = "bottleneck"
+
+    reduction_factor: float | dict[str, float] = Field(
+        default=16.0, description="D / bottleneck width, one or for each layer ('encoder.3', 'default')"
+    )
+    non_linearity: str = Field(default="relu", description="activation in the bottleneck")
+    is_parallel: bool = Field(default=False, description="reads the residual and is added to the branch")
+    original_ln_before: bool = Field(default=False, description="reads branch + residual, normed where the model does")
+    original_ln_after: bool = Field(default=True, description="the model's residual add and norm follow")
+    residual_before_ln: bool | Literal["post_add"] = Field(
+        default=True, description="the adapter's own residual: the branch (true), what it reads (false), or branch + x"
+    )
+    adapter_residual_before_ln: bool = Field(default=False, description="own residual before ln_after")
+    ln_before: bool = Field(default=False, description="a new norm before the bottleneck")
+    ln_after: bool = Field(default=False, description="a new norm behind it")
+    scaling: float | Literal["learned", "channel"] = Field(default=1.0, description="factor of the bottleneck's output")
+    use_gating: bool = Field(default=False, description="a learned gate for each example (UniPELT)")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the bottleneck's output, in training")
+    stochastic_depth: float = Field(default=0.0, ge=0, le=1, description="chance to leave it out for an example, in training")
+    init_weights: Init = Field(default="bert", description="how the matrices start")
+
+    def model_post_init(self, context: Any) -> None:
+        if self.non_linearity not in ACTIVATIONS:
+            raise ValueError(f"non_linearity is one of {', '.join(ACTIVATIONS)}")
+
+    def width(self, branch: Branch) -> int:
+        """Width of the bottleneck at a branch."""
+        factor = self.reduction_factor
+        if isinstance(factor, Mapping):
+            layer = f"{branch.stack}.{branch.layer}"
+            factor = factor.get(branch.address, factor.get(layer, factor.get("default", 16)))
+        return max(int((branch.shape or (1, 1))[0] // factor), 1)
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Refuse what has no meaning at a branch."""
+        problems = []
+        for branch in slots:
+            if isinstance(branch, Branch) and branch.parallel and not (self.original_ln_after or self.exact):
+                message = "leaves out the residual add, but the branches of this layer are added together in one"
+                problems.append(Problem("no-own-sum", message, branch.address, "original_ln_after=True"))
+        if problems:
+            raise PlanError(problems)
+
+    @property
+    def needs_residual(self) -> bool:
+        return (
+            self.is_parallel
+            or self.original_ln_before
+            or self.residual_before_ln == "post_add"
+            or not self.original_ln_after
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Without the model's residual add the result still holds branch + x, so that only the rest need be given."""
+        own = self.residual_before_ln == "post_add" or (not self.residual_before_ln and self.original_ln_before)
+        return own and not self.is_parallel and not self.ln_after
+
+    def build(self, branch: Branch, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        return Bottleneck(branch, self, generator)
+
+    def projections(
+        self, branch: Branch, shared: Shared | None, generator: torch.Generator | None
+    ) -> tuple[nn.Module, nn.Module]:
+        """Down (D -> width) and up (width -> D), started as `init_weights` says."""
+        d_model, width = (branch.shape or (1, 1))[0], self.width(branch)
+        down, up = nn.Linear(d_model, width), nn.Linear(width, d_model)
+        with torch.no_grad():
+            for linear in (down, up):
+                if self.init_weights == "mam_adapter" and linear is down:
+                    nn.init.kaiming_uniform_(linear.weight, a=5**0.5, generator=generator)
+                elif self.init_weights == "mam_adapter":
+                    linear.weight.zero_()
+                elif self.init_weights == "houlsby":
+                    nn.init.trunc_normal_(linear.weight, std=1e-2, a=-2e-2, b=2e-2, generator=generator)
+                else:
+                    nn.init.normal_(linear.weight, std=0.02, generator=generator)
+                linear.bias.zero_()
+        return down, up
+
+
+class Bottleneck(Unit):
+    """u = s * up(act(down(LN(z)))) with a residual, at one branch h of the residual stream x.
+
+    Sequential: z is h, or h + x (through the model's own norm in post-norm models) with `original_ln_before`; the adapter's
+    residual r is h, z or h + x. Parallel: z is x, and the result is h + u.
+    Source: Houlsby et al. 2019, fig. 2; He et al. 2022, arXiv:2110.04366, table 1 (parallel, scaled); Steitz and Roth
+    2024, arXiv:2406.06820 (`scaling="channel"`, post-adapter).
+    Shapes: h, x (B, T, D) -> (B, T, D).
+    """
+
+    phase = 2
+
+    def __init__(self, branch: Branch, config: BottleneckConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        d_model = (branch.shape or (1, 1))[0]
+        self.config = config
+        self.branch = branch.address
+        self.act = ACTIVATIONS[config.non_linearity]
+        self.down, self.up = config.projections(branch, None, generator)
+        # in a tuple, so that the model's own norm is not registered here a second time
+        after = branch.after_residual
+        self.norm = () if after is None else (after.module,)
+        self.norm_forward = None if after is None else base_forward(after.module)
+        if config.ln_before:
+            self.norm_before = nn.LayerNorm(d_model)
+        if config.ln_after:
+            self.norm_after = nn.LayerNorm(d_model)
+        if config.scaling == "learned":
+            self.scale = nn.Parameter(torch.ones(1))
+        elif config.scaling == "channel":
+            self.scale = nn.Parameter(torch.ones(d_model))
+        if config.use_gating:
+            self.gate = Gate(d_model, generator)
+
+    def refuses_merge(self) -> str | None:
+        return "a bottleneck is no change of a weight"
+
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise NotImplementedError("refused by refuses_merge")
+
+    def update(self, z: torch.Tensor) -> torch.Tensor:
+        """u without any residual: z (B, T, D) -> (B, T, D)."""
+        config, given = self.config, z.dtype
+        z = z.to(self.down.weight.dtype)
+        u = self.norm_before(z) if config.ln_before else z
+        u = self.up(self.act(self.down(u)))
+        if self.training and config.stochastic_depth:
+            kept = torch.rand((u.shape[0], *[1] * (u.ndim - 1)), device=u.device) >= config.stochastic_depth
+            u = u * kept / (1 - config.stochastic_depth)
+        if isinstance(config.scaling, str):
+            u = u * self.scale
+        elif config.scaling != 1:
+            u = u * config.scaling
+        if self.training and config.dropout:
+            u = F.dropout(u, config.dropout)
+        if config.use_gating:
+            u = u * self.gate(z)
+        return u.to(given)
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        flow, config = flow_of(host), self.config
+        if not flow.get(f"{self.branch}!"):
+            return out
+        h = first(out)
+        if not config.needs_residual:
+            return with_first(out, self.sequential(h, h))
+        residual = flow[self.branch]
+        if config.original_ln_after:
+            return with_first(out, self.parallel(h, residual) if config.is_parallel else self.sequential(h, residual))
+        if self.norm_forward is None and config.exact:
+            return with_first(out, h + self.update(h + residual if config.original_ln_before else h))
+        result = self.parallel(h, residual) if config.is_parallel else self.sequential(h, residual)
+        if self.norm_forward is None:
+            # the model adds the residual that the adapter leaves out: one rounding
+            return with_first(out, result - residual)
+        flow[f"{self.branch}="] = result
+        return out
+
+    def parallel(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        u = self.update(x)
+        return h + (self.norm_after(u) if self.config.ln_after else u)
+
+    def sequential(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What leaves the adapter (B, T, D) for the branch h and the residual x."""
+        config = self.config
+        z = residual = h
+        if config.original_ln_before:
+            z = h + x if self.norm_forward is None else self.norm_forward(self.norm[0], h + x)
+        if config.residual_before_ln == "post_add":
+            residual = h + x
+        elif not config.residual_before_ln:
+            residual = z
+        u = self.update(z)
+        if not config.ln_after:
+            return u + residual
+        return self.norm_after(u + residual) if config.adapter_residual_before_ln else self.norm_after(u) + residual

@@ -1,0 +1,92 @@
+"""What passes between the points of a branch in one forward pass: the residual, and what replaces a norm's output.
+
+It lives with the thread and not at the modules, so that threads which share a model do not see each other's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Flow = dict[str, Any]
+
+
+def flow_of(host: nn.Module) -> Flow:
+    """The flow of this thread at a host that is a site."""
+    flow: Flow = host.adapterkit.runtime.override.flow  # type: ignore[union-attr, assignment]
+    return flow
+
+
+def first(out: Any) -> torch.Tensor:
+    """The tensor that a module gives to the stream: its first output."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def with_first(out: Any, value: torch.Tensor) -> Any:
+    """`out` with another first output."""
+    return (value, *out[1:]) if isinstance(out, tuple) else value
+
+
+class Capture(nn.Module):
+    """At the module where a branch begins: remember its input, the residual."""
+
+    def __init__(self, branch: str) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+        flow = flow_of(host)
+        flow[self.branch] = x
+        flow.pop(f"{self.branch}!", None)
+        return x
+
+
+class Arm(nn.Module):
+    """At the projection of a branch: from now on the branch is waiting for the module where adapters act.
+
+    A dropout that several branches share is called once for each; only the branch that was armed answers.
+    """
+
+    def __init__(self, branch: str) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        flow_of(host)[f"{self.branch}!"] = True
+        return out
+
+
+class Override(nn.Module):
+    """At the norm after the residual add: give what the branch left for it in place of the norm's output."""
+
+    def __init__(self, branch: str) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        value = flow_of(host).pop(f"{self.branch}=", None)
+        return out if value is None else with_first(out, value)
+
+
+class Release(nn.Module):
+    """Behind the last adapter of a branch: forget the residual, which would be kept alive otherwise."""
+
+    def __init__(self, branch: str) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        flow = flow_of(host)
+        if f"{self.branch}!" in flow:
+            del flow[f"{self.branch}!"]
+            flow.pop(self.branch, None)
+        return out
+
+
+def base_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that the module's class had before adapters came to it."""
+    forward: Callable[..., Any] = getattr(type(module), "_adapterkit_base", type(module)).forward
+    return forward

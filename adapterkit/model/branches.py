@@ -1,0 +1,91 @@
+"""Branches: sublayers seen as x -> h(x), added to the residual stream, with the points where adapters act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from adapterkit.model.blueprint import Blueprint, Slot
+
+# where the branch begins: a projection that is called once, on the stream itself
+_INPUTS = {
+    "attention": ("v", "fused", "q"),
+    "cross_attention": ("q", "fused"),
+    "mlp": ("gate", "up", "fused"),
+}
+_OUTPUTS = {"attention": "o", "cross_attention": "o", "mlp": "down"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch(Slot):
+    """One sublayer of one layer as a slot: `module` is where adapters act, `shape` is (D, D)."""
+
+    start: Slot
+    """The module whose input is the residual x: the norm before the branch, else its first projection."""
+    projection: Slot
+    """The module that gives the branch its output: o, down or `out`."""
+    after_residual: Slot | None
+    """The norm of the sum of branch and residual, in post-norm models."""
+    parallel: bool
+    """Attention and MLP of the layer are added together; neither has a sum of its own."""
+
+
+def branches(blueprint: Blueprint, before_norm: bool = False) -> dict[str, Branch]:
+    """Every branch of the model by the address of its sublayer.
+
+    Args: before_norm: act before the norm that follows the projection (sandwich norms), not after it.
+    """
+    found = {}
+    for stack in blueprint.stacks.values():
+        for index in range(stack.num_layers):
+            for sublayer in _INPUTS:
+                branch = _branch(blueprint, f"{stack.address}.{index}", sublayer, before_norm, stack.parallel)
+                if branch is not None:
+                    found[branch.address] = branch
+    return found
+
+
+def _branch(
+    blueprint: Blueprint, layer: str, sublayer: str, before_norm: bool, parallel: bool
+) -> Branch | None:
+    address = f"{layer}.{sublayer}"
+    slots, places = blueprint.slots, blueprint.places
+    projection = places.get(f"{address}.out") or slots.get(f"{address}.{_OUTPUTS[sublayer]}")
+    if projection is None:
+        return None
+    inputs = (slots.get(f"{address}.{role}") for role in _INPUTS[sublayer])
+    norm = places.get(f"{address}.norm.before") or places.get(f"{layer}.norm.before")
+    start = norm or next((slot for slot in inputs if slot is not None), None)
+    if start is None:
+        return None
+    points = ("tail",) if before_norm else ("norm.after", "tail")
+    act = next((places[f"{address}.{p}"] for p in points if f"{address}.{p}" in places), projection)
+    after = places.get(f"{address}.norm.after_residual")
+    width = _width(projection, [norm, after, places.get(f"{address}.norm.after")])
+    return Branch(
+        address=address,
+        role="branch",
+        stack=act.stack,
+        layer=act.layer,
+        sublayer=sublayer,
+        module=act.module,
+        path=act.path,
+        shape=(width, width),
+        batch=act.batch,
+        start=start,
+        projection=projection,
+        after_residual=after,
+        parallel=parallel,
+    )
+
+
+def _width(projection: Slot, norms: list[Slot | None]) -> int:
+    """Width of the stream: that of the projection, else of a norm beside it."""
+    if projection.shape is not None:
+        return projection.shape[0]
+    for norm in norms:
+        weight = getattr(norm.module, "weight", None) if norm is not None else None
+        if isinstance(weight, nn.Parameter):
+            return int(weight.shape[-1])
+    return 0
