@@ -13,7 +13,7 @@ author = "the adapterkit authors"
 copyright = author
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "reference"]
 exclude_patterns = ["_build", "_ext"]
 nitpicky = False
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
