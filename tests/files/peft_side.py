@@ -22,8 +22,6 @@ NOISE = [
     # PEFT asks transformers in an old way
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-# random adapters may make outputs large: then the tolerance is relative
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @torch.no_grad()
@@ -37,6 +35,11 @@ def shake(parameters: Iterable[Tensor], seed: int = 0) -> None:
 @torch.no_grad()
 def run(model: nn.Module, row: str, cls: str | None = None) -> Tensor:
     return output(model.eval()(**inputs(row, cls)))
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    """Equal to 1e-5, of the largest number where a random adapter makes outputs large."""
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max())))
 
 
 def theirs(row: str, cls: str | None, config: peft.PeftConfig, directory: Path, **overrides: Any) -> Tensor:

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 import adapterkit as ak
 from adapterkit.files.peft.config import IDLE, REFUSED, TYPES, IA3File, LoRAFile, parse
-from tests.files.peft_side import CLOSE, NOISE, loaded_there, put, run, said, tensors, theirs
+from tests.files.peft_side import NOISE, loaded_there, put, run, said, same, tensors, theirs
 from tests.models.tiny import build
 
 pytestmark = NOISE
@@ -131,7 +131,7 @@ def test_lora_fields_give_the_same_outputs(fields: dict[str, Any], tmp_path: Pat
     want = theirs("bert", None, config, tmp_path)
     model = build("bert")
     ak.load(model, tmp_path)
-    torch.testing.assert_close(run(model, "bert"), want, **CLOSE)
+    same(run(model, "bert"), want)
     assert not torch.allclose(run(build("bert"), "bert"), want, atol=1e-3)
 
 
@@ -145,7 +145,7 @@ def test_all_linear_gives_the_same_outputs(row: str, cls: str, excluded: Any, tm
     want = theirs(row, cls, config, tmp_path)
     model = build(row, cls)
     ak.load(model, tmp_path)
-    torch.testing.assert_close(run(model, row, cls), want, **CLOSE)
+    same(run(model, row, cls), want)
 
 
 @pytest.mark.parametrize("forward", [["self.value"], r".*layer\.1.*", [], ["layer.0.attention.self.value"]])
@@ -156,7 +156,7 @@ def test_ia3_scales_the_side_that_the_config_says(forward: Any, tmp_path: Path) 
     want = theirs("bert", None, config, tmp_path)
     model = build("bert")
     ak.load(model, tmp_path)
-    torch.testing.assert_close(run(model, "bert"), want, **CLOSE)
+    same(run(model, "bert"), want)
 
 
 def test_dropout_and_rank_arrive_in_the_config(tmp_path: Path) -> None:
@@ -176,4 +176,4 @@ def test_half_precision_is_computed_in_float32_as_peft_does(tmp_path: Path) -> N
     model = build("llama")
     kit = ak.load(model, tmp_path)
     assert {p.dtype for p in kit["default"].parameters()} == {torch.float32}
-    torch.testing.assert_close(run(model, "llama"), loaded_there("llama", None, tmp_path), **CLOSE)
+    same(run(model, "llama"), loaded_there("llama", None, tmp_path))

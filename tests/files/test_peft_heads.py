@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adapterkit as ak
-from tests.files.peft_side import CLOSE, NOISE, loaded_there, put, run, shake, tensors, theirs
+from tests.files.peft_side import NOISE, loaded_there, put, run, same, shake, tensors, theirs
 from tests.models.tiny import build
 
 pytestmark = NOISE
@@ -29,7 +29,7 @@ def test_modules_to_save_are_the_heads(row: str, cls: str, saved: list[str], tmp
     want = theirs(row, cls, config, tmp_path)
     model = build(row, cls)
     kit = ak.load(model, tmp_path)
-    torch.testing.assert_close(run(model, row, cls), want, **CLOSE)
+    same(run(model, row, cls), want)
     with kit.disabled():
         assert torch.equal(run(model, row, cls), run(build(row, cls), row, cls))
 
@@ -60,7 +60,7 @@ def test_the_names_of_older_versions_of_modules_to_save_are_read(tmp_path: Path)
     put(tmp_path, renamed)
     model = build(row, cls)
     ak.load(model, tmp_path)
-    torch.testing.assert_close(run(model, row, cls), want, **CLOSE)
+    same(run(model, row, cls), want)
 
 
 def test_a_trained_pooler_comes_with_the_adapter_of_a_base_model(tmp_path: Path) -> None:
@@ -69,13 +69,13 @@ def test_a_trained_pooler_comes_with_the_adapter_of_a_base_model(tmp_path: Path)
     )
     model = build("bert")
     kit = ak.load(model, tmp_path)
-    torch.testing.assert_close(run(model, "bert"), want, **CLOSE)
+    same(run(model, "bert"), want)
     for form in ("peft", "adapterkit"):
         kit.save(tmp_path / form, format=form)
         again = build("bert")
         ak.load(again, tmp_path / form)
-        torch.testing.assert_close(run(again, "bert"), want, **CLOSE)
-    torch.testing.assert_close(loaded_there("bert", None, tmp_path / "peft"), want, **CLOSE)
+        same(run(again, "bert"), want)
+    same(loaded_there("bert", None, tmp_path / "peft"), want)
 
 
 def test_the_pooler_below_a_head_is_written_along(tmp_path: Path) -> None:
@@ -88,6 +88,4 @@ def test_the_pooler_below_a_head_is_written_along(tmp_path: Path) -> None:
     kit.save(tmp_path / "adapter", format="peft")
     other = build(row, cls, seed=1)
     shake(other.bert.pooler.parameters(), seed=5)
-    torch.testing.assert_close(
-        run(peft.PeftModel.from_pretrained(other, tmp_path / "adapter"), row, cls), want, **CLOSE
-    )
+    same(run(peft.PeftModel.from_pretrained(other, tmp_path / "adapter"), row, cls), want)

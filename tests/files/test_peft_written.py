@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 import adapterkit as ak
 from adapterkit.files.peft.writing import exactly
-from tests.files.peft_side import CLOSE, NOISE, edit, loaded_there, run, said, shake
+from tests.files.peft_side import NOISE, edit, loaded_there, run, said, same, shake
 from tests.models.tiny import build
 
 pytestmark = NOISE
@@ -70,11 +70,11 @@ WRITTEN: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize(("row", "method"), WRITTEN.values(), ids=WRITTEN)
 def test_options_give_the_same_outputs_in_peft(row: str, method: Any, tmp_path: Path) -> None:
     want = write(row, None, method, tmp_path / "adapter")
-    torch.testing.assert_close(loaded_there(row, None, tmp_path / "adapter"), want, **CLOSE)
+    same(loaded_there(row, None, tmp_path / "adapter"), want)
     assert not torch.allclose(run(build(row), row), want, atol=1e-3)
     back = build(row)
     ak.load(back, tmp_path / "adapter")
-    torch.testing.assert_close(run(back, row), want, **CLOSE)
+    same(run(back, row), want)
 
 
 def test_targets_are_whole_paths_and_the_ranks_are_those_of_the_modules(tmp_path: Path) -> None:
@@ -103,4 +103,4 @@ def test_changed_files_are_read_as_they_are(tmp_path: Path) -> None:
     edit(tmp_path / "a", lora_alpha=12)
     model = build("bert")
     ak.load(model, tmp_path / "a")
-    torch.testing.assert_close(run(model, "bert"), loaded_there("bert", None, tmp_path / "a"), **CLOSE)
+    same(run(model, "bert"), loaded_there("bert", None, tmp_path / "a"))

@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from adapterkit.errors import FileFormatError, Problem, listing
-from adapterkit.files.peft.saved import covers
 
 CONFIG = "adapter_config.json"
 Names = tuple[str, ...]
@@ -48,7 +47,7 @@ class PeftFile(BaseModel):
         number in the path is that of the layer.
         Source: peft 0.21 tuners/tuners_utils.py, check_target_module_exists.
         """
-        if _named(self.exclude_modules, path) or covers(self.modules_to_save or (), path):
+        if _named(self.exclude_modules, path) or _kept(self.modules_to_save, path):
             return False
         if isinstance(self.target_modules, str):
             return self.target_modules.lower() == "all-linear" or _named(self.target_modules, path)
@@ -181,12 +180,12 @@ def parse(data: Mapping[str, Any], file: str) -> PeftFile:
     problems = [
         problem for field, value in (said.model_extra or {}).items() for problem in _judge(field, value, file)
     ]
-    for pattern in _patterns(said):
+    for field, pattern in _patterns(said):
         try:
             re.compile(pattern)
         except re.error as error:
             message = f"{pattern!r} is no regular expression: {error}"
-            problems.append(Problem("bad-file", message, file=file))
+            problems.append(Problem("bad-file", message, field, file=file))
     if problems:
         raise FileFormatError(problems)
     return said
@@ -200,15 +199,15 @@ def _judge(field: str, value: Any, file: str) -> Iterable[Problem]:
         yield Problem(rule.code, f"{f'{field} is {value!r}'[:120]}: {rule.why}", field, file=file)
 
 
-def _patterns(said: PeftFile) -> Iterable[str]:
-    """Everything that is used as a regular expression."""
-    single = [said.target_modules, said.exclude_modules, getattr(said, "feedforward_modules", None)]
-    yield from (pattern for pattern in single if isinstance(pattern, str))
-    layers = said.layers_pattern or ()
-    yield from (layers,) if isinstance(layers, str) else layers
-    yield from said.modules_to_save or ()
-    for name in ("rank_pattern", "alpha_pattern"):
-        yield from getattr(said, name, ())
+def _patterns(said: PeftFile) -> Iterable[tuple[str, str]]:
+    """(field, pattern) for everything that is used as a regular expression."""
+    for field in ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"):
+        value = getattr(said, field, None)
+        if isinstance(value, str):
+            yield field, value
+    for field in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        value = getattr(said, field, None)
+        yield from ((field, pattern) for pattern in value or () if not isinstance(value, str))
 
 
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
@@ -223,3 +222,8 @@ def _named(said: Names | str | None, path: str) -> bool:
     if isinstance(said, str):
         return bool(said) and re.fullmatch(said, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in said or ())
+
+
+def _kept(names: Names | None, path: str) -> bool:
+    """Whether a module lies in one of modules_to_save, where PEFT adapts nothing."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in names or ())

@@ -75,9 +75,9 @@ def give_modules(
                 modules[pooler.path] = adapter.poolers.get(pooler.address, pooler.module)
     problems = [
         Problem("peft-ambiguous", f"PEFT would also take {path} for {name}", name, file=directory)
-        for path, _ in own_modules(blueprint.model)
+        for path, module in own_modules(blueprint.model)
         for name in modules
-        if path not in modules and path.endswith(name)
+        if path not in modules and path.endswith(name) and module.state_dict()
     ]
     if problems:
         raise FileFormatError(problems)
@@ -88,11 +88,6 @@ def give_modules(
         if f"{CHILD}." not in key
     }
     return tuple(modules), tensors
-
-
-def covers(saved: Iterable[str], path: str) -> bool:
-    """Whether PEFT sees `path` as part of a module to save, where it adapts nothing."""
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in saved)
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

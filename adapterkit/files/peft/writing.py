@@ -19,7 +19,7 @@ from adapterkit.files.native import base_model
 from adapterkit.files.peft.config import CONFIG
 from adapterkit.files.peft.names import refuse_unnamed
 from adapterkit.files.peft.reading import PREFIX, WEIGHTS
-from adapterkit.files.peft.saved import covers, give_modules, own_modules
+from adapterkit.files.peft.saved import give_modules, own_modules
 from adapterkit.methods.base import SlotConfig, Unit
 from adapterkit.methods.dora import DoRA, DoRAConfig
 from adapterkit.methods.ia3 import IA3Config, ScaleInput
@@ -58,10 +58,6 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
     for slot in adapter.plan.slots:
         units.setdefault(slot.path, []).append((slot, adapter.units[slot.address]))
     saved, modules = give_modules(adapter, blueprint, head, file)
-    hidden = [path for path in units if covers(saved, path)]
-    if hidden:
-        message = f"PEFT adapts nothing below a module to save, here {listing(saved)}"
-        raise FileFormatError(Problem("peft-ambiguous", message, path, file=file) for path in hidden)
     said = writer(adapter, units, file)
     known = base_model(blueprint.model)
     config = {
