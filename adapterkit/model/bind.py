@@ -67,7 +67,7 @@ def _choose(here: Here, said: Sublayer) -> None:
     if len(complete) == 1:
         here.draft.absorb(complete[0])
     elif complete:
-        here.note("ambiguous", "more than one alternative fits", "exactly one on each layer", words=("any_of",))
+        here.note("ambiguous", "more than one alternative fits", "expected exactly one on each layer", words=("any_of",))
     elif tried:
         here.draft.absorb(min(tried, key=lambda trial: len(trial.problems)))
     else:
@@ -119,12 +119,12 @@ def add_slot(here: Here, role: str, found: Found, words: Loc) -> Slot | None:
     size = linear.shape(found.module)
     if size is None:
         what = f"{found.path} is a {type(found.module).__name__}"
-        expected = "a linear map: Linear, Conv1D or one of their quantised kinds"
+        expected = "expected a linear map: Linear, Conv1D or one of their quantised kinds"
         here.note("not-linear", what, expected, words=words)
         return None
     if isinstance(_parent(here, found), nn.MultiheadAttention):
         what = f"{found.path} belongs to nn.MultiheadAttention, which uses its weight without calling it"
-        here.note("weight-without-call", what, "a module that is called in the forward pass", words=words)
+        here.note("weight-without-call", what, "expected a module that is called in the forward pass", words=words)
         return None
     slot = Slot(
         f"{here.address}.{role}",
@@ -158,7 +158,7 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
     try:
         rows = layouts.split(whole.shape[0], said.fused.layout, said.fused.order, *heads)
     except ValueError as error:
-        here.note("bad-layout", f"{host.path}: {error}", "rows as 'layout' and 'order' say", "see 'sizes'")
+        here.note("bad-layout", f"{host.path}: {error}", "expected rows as 'layout' and 'order' say", "see 'sizes'")
         return
     for role, stretch in rows.items():
         here.draft.slots[f"{here.address}.{role}"] = replace(

@@ -153,9 +153,10 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
             continue
         found.claimed.append(module.module)
         config = getattr(module.module, "config", None) or scope.sub_config(part.config)
-        kind = str(getattr(config, "model_type", "without a model type"))
+        kind = getattr(config, "model_type", None)
         if kind not in registry.model_types():
-            here.note("no-interface", f"there is no interface for the part, a model of type {kind!r}")
+            fact = f"there is no interface for a model of type {kind!r}"
+            here.note("no-interface", fact if kind else "the part has no config with a model type")
             continue
         spec = registry.by_name(kind)
         inner = Scope(spec, module.module, module.path, f"{scope.prefix}{name}/", scope.by_default and part.by_default)
@@ -191,7 +192,7 @@ def _resolve_stack(here: Here, name: str, stack: Stack) -> StackInfo | None:
         return complete[0][0]
     if complete:
         paths = listing(info.path or "." for info, _ in complete)
-        here.note("ambiguous", f"more than one alternative fits: {paths}", "exactly one")
+        here.note("ambiguous", f"more than one alternative fits: {paths}", "expected exactly one")
     elif tried:
         nearest = min((draft for _, draft in tried), key=lambda draft: len(draft.problems))
         here.draft.absorb(Draft(problems=nearest.problems))
@@ -272,7 +273,7 @@ def _layers(here: Here, stack: Stack) -> list[tuple[str, nn.Module]]:
     if len(existing) == 1:
         return list({id(module): (path, module) for path, module in existing[0][1]}.values())
     if existing:
-        here.note("ambiguous", f"more than one list exists: {listing(p for p, _ in existing)}", "exactly one")
+        here.note("ambiguous", f"more than one list exists: {listing(p for p, _ in existing)}", "expected exactly one")
         return []
     top = found[0][0].split(".*")[0]
     if child(here.root, top) is not None:

@@ -126,6 +126,8 @@ class Here:
         return True
 
     def unexpected(self, what: str, when: Mapping[str, Any] | None) -> None:
+        if ((*self.loc, "when"), "unknown-config-field") in self.draft.problems:
+            return  # what the config says is not known
         values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in (when or {}).items())
         self.note("present", f"{what} exists although the config does not say {values}", words=("when",))
 
@@ -156,7 +158,7 @@ class Here:
                 self.unexpected(repr(found[0].path), said.when)
             return None
         if len({id(f.module) for f in found}) > 1:
-            self.note("ambiguous", f"more than one alternative exists: {listing(f.path for f in found)}", "exactly one")
+            self.note("ambiguous", f"more than one alternative exists: {listing(f.path for f in found)}", "expected exactly one")
             return None
         if not found and said.optional is None:
             self.note_lazily("path-not-found", lambda: _not_found(self.root, self.path, options))
