@@ -17,6 +17,9 @@ from adapterkit.methods.weights import is_plain
 from adapterkit.model.blueprint import Slot
 
 
+_TOGETHER = "all targets on one device, without offloading"
+
+
 class VeRAConfig(SlotConfig):
     """Vector-based random matrix adaptation (Kopiczko et al. 2024, arXiv:2310.11454)."""
 
@@ -32,14 +35,13 @@ class VeRAConfig(SlotConfig):
         return 1.0 if self.alpha is None else self.alpha / self.r
 
     def check(self, slots: Sequence[Slot]) -> None:
-        devices = {str(getattr(getattr(slot.module, "weight", None), "device", "cpu")) for slot in slots}
-        if len(devices) > 1 or any("_hf_hook" in slot.module.__dict__ for slot in slots):
-            message = (
-                f"the shared matrices cannot be on {', '.join(sorted(devices))} at once, nor be offloaded"
-            )
-            raise PlanError(
-                Problem("shared-apart", message, expected="all targets on one device, without offloading")
-            )
+        weights = [getattr(slot.module, "weight", None) for slot in slots]
+        devices = {weight.device for weight in weights if isinstance(weight, torch.Tensor)}
+        hooked = any("_hf_hook" in slot.module.__dict__ for slot in slots)
+        if len(devices) > 1 or (hooked and torch.device("meta") in devices):
+            names = ", ".join(sorted(map(str, devices)))
+            message = f"the shared matrices cannot be on {names} at once, nor be offloaded"
+            raise PlanError(Problem("shared-apart", message, expected=_TOGETHER))
 
     def share(self, slots: Sequence[Slot], generator: torch.Generator | None) -> Shared:
         return SharedVeRA(self.r, [slot.shape or (1, 1) for slot in slots], generator)
