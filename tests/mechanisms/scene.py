@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import adapterkit as ak
 from tests.models import tiny
 
-METHODS = ("lora", "ia3", "vera[r=4]", "dora", "dvora[r=4]")
+METHODS = ("lora", "ia3", "vera[r=4,d_initial=1]", "dora", "dvora[r=4,d_initial=1]")
 ALL_ROLES = "lora[targets=all,r=4]"
 
 

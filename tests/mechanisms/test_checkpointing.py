@@ -83,7 +83,7 @@ def test_other_methods(method: str, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("row", ["llama", "gpt2", "t5"])
 def test_embeddings_given_by_the_user(row: str) -> None:
-    """The embeddings of the model are not called then; reentrant checkpointing trained nothing if they were the place."""
+    """The embeddings of the model are not called then, and nothing would train if they were the place."""
     cls = CLASSES[row]
     given = tiny.inputs(row, cls, labels=True)
     plain, model = tiny.build(row, cls).train(), tiny.build(row, cls).train()

@@ -1,4 +1,4 @@
-"""torch.compile: adapters that come, change and go after the first compiled call are noticed, without graph breaks."""
+"""torch.compile: adapters that come, change and go after the first compiled call are noticed; one graph."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_no_graph_breaks(row: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_through_a_compiled_model(method: str) -> None:
-    """Units write into the output of their host; autograd of the traced graph must give the same gradients."""
+    """Units write into the output of their host; the traced graph must give the same gradients."""
     model, given = tiny.build("gpt2").train(), tiny.inputs("gpt2")
     attach(model, method)
     expected = gradients(model, given)

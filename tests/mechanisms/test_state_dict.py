@@ -1,4 +1,4 @@
-"""Adapter tensors are part of the model's state dict: checkpoints of every kind load right, or are refused."""
+"""Adapter tensors are in the model's state dict: checkpoints of every kind load right, or are refused."""
 
 from __future__ import annotations
 

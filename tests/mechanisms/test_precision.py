@@ -1,0 +1,82 @@
+"""Adapters in float32 beside a model in bfloat16, and autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import adapterkit as ak
+from tests.mechanisms.scene import METHODS, attach, gradients, run
+from tests.models import tiny
+
+ROWS = ("bert", "gpt2", "llama")
+
+
+def far(left: Tensor, right: Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    return float((left.float() - right.float()).abs().max() / right.float().abs().max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("row", ROWS)
+def test_autocast(row: str, method: str) -> None:
+    """The adapter's share survives: much closer to the adapted float32 model than the bare one is."""
+    model, given = tiny.build(row), tiny.inputs(row)
+    bare = run(model, given)
+    attach(model, method)
+    assert {p.dtype for p in ak.of(model)["a"].parameters()} == {torch.float32}
+    exact = run(model, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = run(model, given)
+        found = gradients(model, given)
+    assert 0 < 2 * far(lower, exact) < far(bare, exact)
+    for key, gradient in found.items():
+        assert gradient is not None and gradient.dtype == torch.float32 and gradient.any(), key
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("row", ROWS)
+def test_float32_adapters_on_a_bfloat16_model(row: str, method: str, dtype: str | torch.dtype) -> None:
+    model, given = tiny.build(row, dtype=torch.bfloat16), tiny.inputs(row)
+    bare = run(model, given)
+    twin = tiny.build(row, dtype=torch.bfloat16).float()  # the same rounded weights, computed in float32
+    kit = attach(model, method, dtype=dtype)
+    attach(twin, method)
+    assert {p.dtype for p in kit["a"].parameters()} == {torch.float32}
+    exact, found = run(twin, given), run(model, given)
+    assert found.dtype == bare.dtype == torch.bfloat16
+    assert 2 * far(found, exact) < far(bare, exact)
+    for key, gradient in gradients(model, given).items():
+        assert gradient is not None and gradient.dtype == torch.float32 and gradient.any(), key
+    kit.detach()
+    assert torch.equal(run(model, given), bare)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_units_match_their_hosts_unless_told(method: str) -> None:
+    model = tiny.build("bert", dtype=torch.bfloat16)
+    kit = attach(model, method)
+    assert {p.dtype for p in kit["a"].parameters()} == {torch.bfloat16}
+    for gradient in gradients(model, tiny.inputs("bert")).values():
+        assert gradient is not None and gradient.dtype == torch.bfloat16 and gradient.any()
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int64", "nn"])
+def test_a_type_that_is_none(dtype: str) -> None:
+    model = tiny.build("bert")
+    with pytest.raises(ak.errors.AdapterkitError) as error:
+        ak.attach(model, "lora", dtype=dtype)
+    assert error.value.code == "bad-dtype" and "adapterkit" not in str(model)
+
+
+def test_a_model_that_is_cast_after_attach() -> None:
+    model, given = tiny.build("bert"), tiny.inputs("bert")
+    kit = attach(model, "vera[r=4]")
+    exact = run(model, given)
+    model.to(torch.bfloat16)
+    assert {p.dtype for p in kit["a"].parameters()} == {torch.bfloat16}
+    assert far(run(model, given), exact) < 0.05
+    model.double()
+    assert run(model, given).dtype == torch.float64

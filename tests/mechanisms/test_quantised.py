@@ -1,0 +1,124 @@
+"""Adapters on quantised Linears: a forward and a backward pass, and what must be refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+from tests.mechanisms.scene import attach, gradients, run
+from tests.models import tiny
+
+KINDS = ("nf4", "int8", "torchao")
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+kinds = pytest.mark.parametrize("kind", KINDS)
+# of the libraries themselves: dtypes and interfaces that they give up, casts of activations to half precision
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt.*:UserWarning"),
+]
+
+
+def quantise(model: nn.Module, kind: str) -> None:
+    """Every Linear in the layers, in place."""
+    if kind == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        config = quantization.Int8WeightOnlyConfig()
+        quantization.quantize_(model, config, lambda module, name: isinstance(module, nn.Linear))
+        return
+    bnb = pytest.importorskip("bitsandbytes")
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is nn.Linear:
+                setattr(parent, name, _bitsandbytes(bnb.nn, module, kind))
+
+
+def _bitsandbytes(library: object, module: nn.Linear, kind: str) -> nn.Module:
+    sizes, weight = (module.in_features, module.out_features), module.weight.data
+    if kind == "nf4":
+        found = library.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        found.weight = library.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    else:
+        found = library.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+        found.weight = library.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    return found.to("cpu")
+
+
+def dequantised(module: nn.Module, kind: str) -> Tensor:
+    """The matrix that a quantised Linear stands for."""
+    if kind == "torchao":
+        return module.weight.dequantize()
+    if kind == "nf4":
+        functional = pytest.importorskip("bitsandbytes.functional")
+        return functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return module.weight.data * module.weight.SCB[:, None] / 127
+
+
+def built(kind: str) -> tuple[nn.Module, nn.Module]:
+    """A quantised model, and a plain one with the matrices that its Linears stand for."""
+    model, plain = tiny.build("llama", **SIZES), tiny.build("llama", **SIZES)
+    quantise(model, kind)
+    for path, module in plain.named_modules():
+        if isinstance(module, nn.Linear):
+            found = model.get_submodule(path)
+            assert type(found) is not nn.Linear or type(found.weight) is not nn.Parameter
+            module.weight.data.copy_(dequantised(found, kind))
+    return model, plain
+
+
+def far(left: Tensor, right: Tensor) -> float:
+    return float((left - right).abs().max() / right.abs().max())
+
+
+@kinds
+@pytest.mark.parametrize("method", ["lora[targets=all]", "ia3", "vera[r=4,d_initial=1]"])
+def test_forward_and_backward(kind: str, method: str) -> None:
+    model, plain = built(kind)
+    given = tiny.inputs("llama")
+    tolerance = 0.05 if kind == "int8" else 1e-4  # int8 of bitsandbytes rounds the activations as well
+    bare = run(model, given)
+    assert far(bare, run(plain, given)) < tolerance
+    kit = attach(model, method)
+    attach(plain, method)
+    assert {p.dtype for p in kit["a"].parameters()} == {torch.float32}
+    assert far(run(model, given), run(plain, given)) < tolerance < far(bare, run(plain, given)) / 2
+    expected = gradients(plain, given)
+    for key, gradient in gradients(model, given).items():
+        assert gradient is not None and gradient.any(), key
+        assert far(gradient, expected[key]) < 2 * tolerance, key
+    kit.detach()
+    assert torch.equal(run(model, given), bare)
+
+
+@kinds
+def test_identity_at_the_start(kind: str) -> None:
+    model, given = built(kind)[0], tiny.inputs("llama")
+    bare = run(model, given)
+    ak.attach(model, "lora")
+    assert torch.equal(run(model, given), bare)
+
+
+@kinds
+@pytest.mark.parametrize("method", ["lora", "ia3", "vera[r=4]"])
+def test_merging_is_refused(kind: str, method: str) -> None:
+    model, given = built(kind)[0], tiny.inputs("llama")
+    kit = attach(model, method)
+    adapted = run(model, given)
+    for verb in (kit.merge, kit.merge_and_detach):
+        with pytest.raises(ak.errors.PlanError) as error:
+            verb("a")
+        assert error.value.code == "cannot-merge"
+    assert torch.equal(run(model, given), adapted) and kit.merged is None
+
+
+@kinds
+@pytest.mark.parametrize("method", ["dora", "dvora[r=4]", {"method": "lora", "init": "pissa"}])
+def test_methods_that_read_the_weight_are_refused(kind: str, method: str | dict[str, str]) -> None:
+    model, given = built(kind)[0], tiny.inputs("llama")
+    bare = run(model, given)
+    with pytest.raises(ak.errors.PlanError) as error:
+        ak.attach(model, method)
+    assert error.value.code == "weight-unreadable"
+    assert torch.equal(run(model, given), bare) and "adapterkit" not in str(model)

@@ -1,0 +1,130 @@
+"""Which adapter acts is decided for each thread; 16 threads compute the bits that one thread computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Thread
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+from tests.mechanisms.scene import attach, run
+from tests.models import tiny
+
+THREADS, ROUNDS = 16, 8
+
+
+def in_threads(model: Callable[..., object], kit: ak.Kit, given: dict[str, Tensor], names: list[str]) -> list:
+    """Outputs by thread; thread i uses adapter names[i], and all of them run at the same time."""
+    barrier = Barrier(THREADS)
+
+    def work(name: str) -> list[Tensor]:
+        barrier.wait()
+        found = []
+        for _ in range(ROUNDS):
+            with kit.using(name):
+                found.append(run(model, given))
+                assert kit.active == name
+        return found
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(work, names))
+
+
+def prepared(row: str, number: int) -> tuple[nn.Module, ak.Kit, dict[str, Tensor], dict[str, Tensor]]:
+    """A model with adapters a0, a1, ... of three methods, and what each gives in one thread."""
+    model, given = tiny.build(row), tiny.inputs(row)
+    for i in range(number):
+        kit = attach(model, ("lora[r=2]", "ia3", "dora[r=2]")[i % 3], f"a{i}", seed=i, activate=False)
+    serial = {}
+    for name in kit:
+        kit.activate(name)
+        serial[name] = run(model, given)
+    kit.activate(None)
+    return model, kit, given, serial
+
+
+@pytest.mark.parametrize("row", ["bert", "gpt2"])
+def test_threads_with_different_adapters(row: str) -> None:
+    model, kit, given, serial = prepared(row, THREADS)
+    assert len({tuple(value.tolist()) for value in serial.values()}) == THREADS
+    bare = run(model, given)
+    for name, found in zip(kit, in_threads(model, kit, given, list(kit)), strict=True):
+        assert all(torch.equal(each, serial[name]) for each in found), name
+    assert kit.active is None and torch.equal(run(model, given), bare)
+
+
+def test_threads_that_share_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model, kit, given, _ = prepared("bert", 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    serial = {}
+    for name in kit:  # each plan is compiled once before serving
+        with kit.using(name):
+            serial[name] = run(compiled, given)
+    names = [f"a{i % 4}" for i in range(THREADS)]
+    for name, found in zip(names, in_threads(compiled, kit, given, names), strict=True):
+        assert all(torch.equal(each, serial[name]) for each in found), name
+    torch._dynamo.reset()
+
+
+def test_a_fresh_thread_sees_the_default() -> None:
+    model, kit, given, serial = prepared("bert", 2)
+    kit.activate("a0")
+    seen = []
+
+    def work() -> None:
+        seen.append((kit.active, run(model, given)))
+
+    with kit.using("a1"):
+        thread = Thread(target=work)
+        thread.start()
+        thread.join()
+        assert kit.active == "a1" and torch.equal(run(model, given), serial["a1"])
+    assert seen[0][0] == "a0" and torch.equal(seen[0][1], serial["a0"])
+
+
+def test_blocks_nest_and_exceptions_restore() -> None:
+    model, kit, given, serial = prepared("bert", 3)
+    kit.activate("a0")
+    with pytest.raises(KeyError, match="inside"), kit.using("a1"):
+        with kit.using("a2"):
+            assert torch.equal(run(model, given), serial["a2"])
+        assert torch.equal(run(model, given), serial["a1"])
+        with pytest.raises(ak.errors.NotAttachedError), kit.using("nobody"):
+            pass
+        assert kit.active == "a1"
+        with kit.disabled():
+            assert kit.active is None
+        raise KeyError("inside")
+    assert kit.active == "a0" and torch.equal(run(model, given), serial["a0"])
+
+
+def test_an_adapter_that_is_activated_inside_a_block_acts_after_it() -> None:
+    model, kit, given, serial = prepared("bert", 3)
+    kit.activate("a0")
+    with kit.using("a1"):
+        kit.activate("a2")
+        assert torch.equal(run(model, given), serial["a1"])
+    assert torch.equal(run(model, given), serial["a2"])
+
+
+def test_two_models_do_not_share_a_block() -> None:
+    model, kit, given, _ = prepared("bert", 2)
+    other, second, _, serial = prepared("bert", 2)
+    kit.activate("a0")
+    second.activate("a0")
+    with kit.using("a1"):
+        assert torch.equal(run(other, given), serial["a0"])
+
+
+def test_an_override_with_gradients_trains_what_it_names() -> None:
+    model, kit, given, _ = prepared("bert", 2)
+    kit.activate("a0")
+    with kit.using("a1"):
+        tiny.output(model(**given)).square().sum().backward()
+    assert all(p.grad is not None for p in kit["a1"].parameters())
+    assert all(p.grad is None for p in kit["a0"].parameters())
