@@ -15,7 +15,7 @@ release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "reference"]
 exclude_patterns = ["_build", "_ext"]
-nitpicky = False
+smartquotes = False  # words in quotes are typed as they stand
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 

@@ -24,7 +24,8 @@ from adapterkit.versions import TRANSFORMERS_TESTED
 ROOT = Path(__file__).parents[1]
 ENDS: Mapping[str, str] = {"low": f"transformers=={TRANSFORMERS_TESTED[0]}", "new": "transformers<6"}
 FAST = ("tests/unit", "tests/models", "tests/laws/test_forward.py", "tests/laws/test_merge.py", "tests/docs")
-"""What says most about another version of transformers in little time: every family is built, resolved and adapted."""
+"""What says most about another version of transformers in little time: every family is built, resolved and
+adapted."""
 
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|deselected|xfailed)")
 
@@ -42,7 +43,13 @@ class Result:
     @property
     def row(self) -> tuple[str, ...]:
         numbers = (str(self.counts.get(word, 0)) for word in ("passed", "failed", "error", "skipped"))
-        return (self.end, self.versions, *numbers, f"{self.seconds:.0f} s", "ok" if self.status == 0 else "FAILED")
+        return (
+            self.end,
+            self.versions,
+            *numbers,
+            f"{self.seconds:.0f} s",
+            "ok" if self.status == 0 else "FAILED",
+        )
 
 
 def counts(line: str) -> dict[str, int]:
@@ -75,7 +82,9 @@ def run(end: str, python: Path, arguments: Sequence[str]) -> Result:
     start, last = time.monotonic(), ""
     command = [python, "-m", "pytest", "-n", "2", *arguments]
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | offline, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | offline, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -85,17 +94,26 @@ def run(end: str, python: Path, arguments: Sequence[str]) -> Result:
 
 def table(results: Sequence[Result]) -> str:
     """All results, one line each."""
-    rows = [("end", "transformers, torch", "passed", "failed", "errors", "skipped", "time", ""), *(r.row for r in results)]
+    rows = [
+        ("end", "transformers, torch", "passed", "failed", "errors", "skipped", "time", ""),
+        *(r.row for r in results),
+    ]
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(wide[i]) for i, cell in enumerate(row)).rstrip() for row in rows)
 
 
 def main() -> int:
     """Exit status 1 if one end fails."""
-    parser = argparse.ArgumentParser(prog="python -m tests.versions", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.versions", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--end", choices=ENDS, action="append", help="this end only (default: both)")
-    parser.add_argument("--python", metavar="END=PATH", action="append", default=[], help="an interpreter to use as it is")
-    parser.add_argument("--first", metavar="SPEC", action="append", default=[], help="install this before all else")
+    parser.add_argument(
+        "--python", metavar="END=PATH", action="append", default=[], help="an interpreter to use as it is"
+    )
+    parser.add_argument(
+        "--first", metavar="SPEC", action="append", default=[], help="install this before all else"
+    )
     parser.add_argument("--fast", action="store_true", help="a selection that says most in little time")
     parser.add_argument("arguments", nargs="*", help="for pytest, after '--'")
     given = parser.parse_args()

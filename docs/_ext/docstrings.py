@@ -1,4 +1,4 @@
-"""Docstrings as they are written here: a section may begin and end on one line, as in `Raises: PlanError: it is gone.`"""
+"""Docstrings in our style: a section may stand on one line, as in `Raises: PlanError: it is gone.`"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Tables that are made from the code at build time, so that they cannot go out of date.
 
-    ```{language}                   every word of the interface language, from the schema
-    ```{vocabulary} roles           the closed lists of words: sublayers, roles
-    ```{options} lora               options of a method, from its config
-    ```{families}                   shipped interfaces and their model types
+```{language}                   every word of the interface language, from the schema
+```{vocabulary} roles           the closed lists of words: sublayers, roles
+```{options} lora               options of a method, from its config
+```{families}                   shipped interfaces and their model types
 """
 
 from __future__ import annotations
@@ -70,7 +70,13 @@ def shown(annotation: Any) -> str:
         return shown(annotation.__value__)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return link(annotation)
-    plain = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", type(None): "reserved"}
+    plain = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "`true` or `false`",
+        type(None): "reserved",
+    }
     return plain.get(annotation, str(annotation))
 
 
@@ -78,7 +84,9 @@ def meaning(field: FieldInfo) -> str:
     """The field's description, that of its type, or the first line of the part it holds."""
     notes = [note for item in (field.annotation, *get_args(field.annotation)) for note in get_args(item)[1:]]
     described = [note.description for note in notes if isinstance(note, FieldInfo) and note.description]
-    below = [(model.__doc__ or "").splitlines()[0] for model in models_in(field.annotation) if model is not Path]
+    below = [
+        (model.__doc__ or "").splitlines()[0] for model in models_in(field.annotation) if model is not Path
+    ]
     return next((text for text in (field.description, *described, *below) if text), "")
 
 
@@ -111,7 +119,9 @@ def language() -> str:
 
 def words(which: str) -> str:
     found = {"roles": vocabulary.ROLES, "sublayers": vocabulary.SUBLAYERS}[which]
-    return table((which.removesuffix("s"), "meaning"), ((f"`{word}`", meaning) for word, meaning in found.items()))
+    return table(
+        (which.removesuffix("s"), "meaning"), ((f"`{word}`", meaning) for word, meaning in found.items())
+    )
 
 
 def options(method: str) -> str:

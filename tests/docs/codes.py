@@ -1,7 +1,8 @@
 """Every error code that adapterkit can raise, read from its source.
 
-A code is what a call gives to a parameter named `code`: of `Problem`, and of any function that hands its own on. It is a
-literal, or a name whose literals can be seen in the same file; a function that chooses one is named `code`. `python -m tests.docs.codes` lists code and places.
+A code is what a call gives to a parameter named `code`: of `Problem`, and of any function that hands its own
+on. It is a literal, or a name whose literals can be seen in the same file; a function that chooses one is
+named `code`. `python -m tests.docs.codes` lists code and places.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def collect(package: Path = PACKAGE) -> tuple[dict[str, list[str]], list[str]]:
                 value = passed(node, takes[name]) if name in takes else None
             elif isinstance(node, ast.Return) and id(node) in choosing(tree):
                 value = node.value
-            if value is None or (isinstance(value, ast.Constant) and value.value == ""):  # no problem, only its place
+            if value is None or getattr(value, "value", None) == "":  # no problem, only its place
                 continue
             codes = set(literals(value, tree))
             for code in codes:

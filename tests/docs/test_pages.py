@@ -33,7 +33,7 @@ RUN = [page for page in PAGES if any(language in ("python", "pycon") for languag
 
 
 def play(page: Path) -> None:
-    """Run a page from top to bottom: `python` as a script, `pycon` as a session, `yaml` becomes the file it names."""
+    """Run a page from top to bottom: `python` as a script, `pycon` as a session, `yaml` becomes its file."""
     names: dict[str, object] = {"__name__": "page"}
     for language, text, line in blocks(page):
         if language == "yaml" and (found := re.match(r"# (\w+\.yaml)\n", text)):

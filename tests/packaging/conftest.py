@@ -1,4 +1,4 @@
-"""Distributions are built once for all tests, and installed into environments of their own, far from the checkout."""
+"""Distributions are built once, and installed into environments of their own, far from the checkout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 def call(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command outside the checkout, without anything that points into it."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ADAPTERKIT", "MYPY"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "ADAPTERKIT", "MYPY"))
+    }
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=cwd, env=clean, capture_output=True, text=True, check=False)
 

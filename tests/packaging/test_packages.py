@@ -31,15 +31,30 @@ def test_wheel_holds_exactly_this(distributions: tuple[Path, Path]) -> None:
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "adapterkit").rglob("*.py")}
     interfaces = {f"adapterkit/interfaces/{name}.yaml" for name in SHIPPED}
     more = {"adapterkit/py.typed", "adapterkit/interfaces/schema.json"}
-    about = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
+    about = {
+        f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    }
     assert len(package) > 20 and len(interfaces) > 20
     assert wheel == package | interfaces | more | about
 
 
 def test_sdist_holds_what_it_takes_to_build_and_test(distributions: tuple[Path, Path]) -> None:
     sdist, _ = members(distributions)
-    single = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", ".pre-commit-hooks.yaml"}
-    single |= {"tests/conftest.py", "tests/models/custom.yaml", "docs/conf.py", "interfaces/schema.json", "PKG-INFO"}
+    single = {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        ".pre-commit-hooks.yaml",
+    }
+    single |= {
+        "tests/conftest.py",
+        "tests/models/custom.yaml",
+        "docs/conf.py",
+        "interfaces/schema.json",
+        "PKG-INFO",
+    }
     assert single <= sdist
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "adapterkit").rglob("*.py")} <= sdist
     assert {f"interfaces/{name}.yaml" for name in SHIPPED} <= sdist
@@ -53,7 +68,11 @@ def metadata(distributions: tuple[Path, Path]) -> Message:
 
 def test_metadata(distributions: tuple[Path, Path]) -> None:
     found = metadata(distributions)
-    assert (found["Name"], found["Version"], found["License-Expression"]) == ("adapterkit", __version__, "Apache-2.0")
+    assert (found["Name"], found["Version"], found["License-Expression"]) == (
+        "adapterkit",
+        __version__,
+        "Apache-2.0",
+    )
     assert {"demo", "test", "docs", "bench"} <= set(found.get_all("Provides-Extra", []))
     needed = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert not [line for line in needed if line.startswith(("peft", "accelerate"))]
@@ -78,11 +97,15 @@ def test_editable_install_finds_its_interfaces(editable: Environment, checkout: 
     assert Path(folder) == checkout / "interfaces"
     assert names == SHIPPED
     # an edit is seen at once
-    (checkout / "interfaces" / "mine.yaml").write_text("adapterkit: 1\nmodel_type: mine\nlike: bert\n", encoding="utf-8")
+    (checkout / "interfaces" / "mine.yaml").write_text(
+        "adapterkit: 1\nmodel_type: mine\nlike: bert\n", encoding="utf-8"
+    )
     assert "mine" in editable.must("-c", LIST).split()
 
 
-@pytest.mark.parametrize("text, expected", [("adapterkit: 1\nlike: bert\n", 0), ("adapterkit: 1\nlayers: x\n", 1)])
+@pytest.mark.parametrize(
+    "text, expected", [("adapterkit: 1\nlike: bert\n", 0), ("adapterkit: 1\nlayers: x\n", 1)]
+)
 def test_pre_commit_hook(installed: Environment, tmp_path: Path, text: str, expected: int) -> None:
     """What the hooks run, on a file as pre-commit passes it."""
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 
 from tests.packaging.conftest import Environment
 
-SCRIPT = '''
+SCRIPT = """
 from torch import nn
 import adapterkit as ak
 
@@ -26,14 +26,17 @@ def adapt(model: nn.Module, folder: str) -> nn.Module:
     except ak.errors.FileFormatError as error:
         print(error.code, error.problems[0].line)
         return ak.of(model).detach()
-'''
+"""
 
-WRONG = SCRIPT + '''
+WRONG = (
+    SCRIPT
+    + """
 
 def wrong(model: nn.Module) -> str:
     ak.attach(model, 3)
     return ak.attach(model, "lora")["default"].num_parameters
-'''
+"""
+)
 
 WORK = """
 import torch

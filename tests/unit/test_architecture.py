@@ -20,10 +20,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 600
 
 ROOMS = (
-    "errors versions | spec | interface | model | methods | planning | runtime | inject | adapter | liveness merging | files"
-    " | report | kit | author | demo | cli | __init__ __main__"
+    "errors versions | spec | model | methods | planning | runtime | inject | adapter | liveness merging"
+    " | files | report | kit | author | demo | cli | __init__ __main__"
 )
-"""From the ground up: a room imports rooms that stand before it; rooms within one pair of bars know nothing of each other."""
+"""From the ground up. A room imports rooms that stand before it; those between two bars do not know each other."""
 
 LEVEL = {room: level for level, rooms in enumerate(ROOMS.split(" | ")) for room in rooms.split()}
 
@@ -67,17 +67,20 @@ def test_a_wrong_import_is_found() -> None:
     assert wrong_ways("methods", "from adapterkit.planning import Plan") != []
     assert wrong_ways("merging", "from adapterkit import liveness") != []
     assert wrong_ways("spec", "def f():\n    import adapterkit.model.resolve") != []
-    assert wrong_ways("planning", "from adapterkit.methods.base import Unit\nfrom adapterkit.errors import Problem") == []
+    assert wrong_ways("planning", "from adapterkit.methods.base import Unit\nimport adapterkit.errors") == []
 
 
 @pytest.mark.parametrize("room", ["errors", "versions", "spec", "methods"])
 def test_what_a_room_must_not_know(room: str) -> None:
-    """errors stand on the standard library alone, specs are read without torch, methods see slots and never a model."""
+    """errors stand on the standard library alone, specs are read without torch, methods see slots and never a
+    model."""
     barred = {"methods": {"transformers"}}.get(room, {"torch", "transformers"})
     if room == "errors":
         barred |= {"pydantic", "yaml", "rich", "typer"}
     for path in (p for p in FILES if room_of(p) == room):
-        packages = {name.partition(".")[0] for _, name in imported(ast.parse(path.read_text(encoding="utf-8")))}
+        packages = {
+            name.partition(".")[0] for _, name in imported(ast.parse(path.read_text(encoding="utf-8")))
+        }
         assert packages & barred == set(), path
 
 
@@ -107,7 +110,9 @@ def words(text: str) -> Iterator[str]:
 
 def docstrings(tree: ast.AST) -> set[int]:
     """Ids of the nodes that are docstrings, or strings that stand alone and describe an attribute."""
-    return {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    return {
+        id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
+    }
 
 
 def said(source: str) -> Iterator[tuple[int, str]]:
@@ -185,12 +190,18 @@ def test_public_names_are_what_is_typed() -> None:
     """Names that are loaded when used, names that type checkers see and `__all__` are the same."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     typed = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {alias.asname or alias.name for node in ast.walk(typed) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    seen = {
+        alias.asname or alias.name
+        for node in ast.walk(typed)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert {*seen, "__version__"} == set(adapterkit.__all__) == {*adapterkit._HOMES, "__version__"}
 
 
 def test_no_module_hides_a_public_name() -> None:
-    """Importing a submodule binds its name in the package, so that a public name of the same spelling would change."""
+    """Importing a submodule binds its name in the package, so that a public name of the same spelling would
+    change."""
     modules = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES}
     assert modules & set(adapterkit.__all__) == {"errors"}
 
