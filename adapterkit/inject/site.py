@@ -1,7 +1,8 @@
 """Sites: modules of the model whose class is swapped for one that also runs the active units.
 
-The class of the single instance is changed, never its attributes: state-dict keys, isinstance, deepcopy, pickle, compile,
-export and sharding keep working, and a compiled graph notices the change of class (forward hooks would be ignored).
+The class of the single instance is changed, never its attributes: state-dict keys, isinstance, deepcopy,
+pickle, compile, export and sharding keep working, and a compiled graph notices the change of class (forward
+hooks would be ignored).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Site(nn.Module):
 class _Seen:
     """A host as units see it that accelerate has hooked.
 
-    Such a hook moves every argument that has a method `to`, and with the host all its other units, offloaded ones too.
+    Such a hook moves every argument that has a method `to`, and with the host all its other units, those that
+    are offloaded as well.
     """
 
     def __init__(self, host: nn.Module) -> None:
@@ -59,6 +61,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         units = site._modules
         if program.instead is not None:
             return units[program.instead](*args, **kwargs)
+        for key in program.entry:
+            args, kwargs = units[key](args, kwargs, self, site.runtime.override.flow)
         if not args:  # called by keyword
             if not (program.inputs or program.outputs):
                 return original(self, **kwargs)
@@ -79,7 +83,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _call(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.__call__
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         site = self.adapterkit
         override = site.runtime.override.programs
         program = site.program if override is None else override.get(site.key)
@@ -87,7 +91,7 @@ def _call(base: type[nn.Module]) -> Callable[..., Any]:
             args = (site._modules[program.before](args[0]), *args[1:])
         return original(self, *args, **kwargs)
 
-    return __call__
+    return call
 
 
 def _rebuild(base: Any) -> nn.Module:
@@ -98,7 +102,7 @@ def _rebuild(base: Any) -> nn.Module:
 
 @cache
 def adapted(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` whose forward runs the site. It keeps the names, which other libraries look at."""
+    """The subclass of `base` whose forward runs the site. It keeps the names that other libraries look at."""
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -127,12 +131,12 @@ def site_of(module: nn.Module) -> Site | None:
 
 
 def check(module: nn.Module, path: str) -> None:
-    """Refuse a module whose forward another library has replaced on the instance: a swapped class would be ignored.
+    """Refuse a module whose forward was replaced on the instance: a swapped class would be ignored.
 
-    Raises: PlanError. accelerate's replacement is known and allowed, since it calls `_old_forward`, which we rebind.
+    Raises: PlanError. accelerate's replacement is allowed, since it calls `_old_forward`, which we rebind.
     """
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-        what = f"the forward of {path} ({type(module).__name__}) was replaced on the instance by another library"
+        what = f"the forward of {path} ({type(module).__name__}) was replaced by another library"
         raise PlanError(Problem("wrapped-forward", what, expected="attach first, then wrap"))
     if CHILD in module._modules and site_of(module) is None:
         raise PlanError(Problem("wrapped-forward", f"{path} already has a child named {CHILD!r}"))

@@ -16,7 +16,6 @@ from adapterkit.methods.lora import add_rows, uniform
 from adapterkit.methods.weights import is_plain
 from adapterkit.model.blueprint import Slot
 
-
 _TOGETHER = "all targets on one device, without offloading"
 
 
@@ -51,7 +50,7 @@ class VeRAConfig(SlotConfig):
 
 
 class SharedVeRA(Shared):
-    """The frozen matrices A (R, max D_in) and B (max D_out, R); each slot uses their leading columns and rows.
+    """The frozen matrices A (R, max D_in) and B (max D_out, R); a slot uses their leading columns and rows.
 
     They are parameters that are never trained, so that they follow the model's dtype and device.
     """
@@ -69,7 +68,7 @@ class SharedVeRA(Shared):
 class VeRA(Unit):
     """y = W x + b + s diag(b) B diag(d) A x with A and B frozen and shared.
 
-    Source: Kopiczko et al. 2024, arXiv:2310.11454, eq. 2; b starts at zero, so the output is unchanged at first.
+    Source: Kopiczko et al. 2024, arXiv:2310.11454, eq. 2; b starts at zero: the output is unchanged at first.
     Shapes: x (..., D_in) -> (..., D_out); d (R,), b (D_out,).
     """
 
@@ -93,10 +92,10 @@ class VeRA(Unit):
         return shared.A[:, : self.d_in], shared.B[: self.d_out]  # type: ignore[index]
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
-        """s diag(b) B diag(d) A x: (..., D_in) -> (..., D_out)."""
+        """Scaled update s diag(b) B diag(d) A x: (..., D_in) -> (..., D_out)."""
         a, b = self.matrices()
         if a.device != x.device:  # moved or offloaded after attach
-            message = f"the shared matrices are on {a.device}, the input of a unit that uses them is on {x.device}"
+            message = f"the shared matrices are on {a.device}, the input of one of their units on {x.device}"
             raise PlanError(Problem("shared-apart", message, expected=_TOGETHER))
         return F.linear(F.linear(x, a) * self.d, b) * (self.b * self.scaling)
 
