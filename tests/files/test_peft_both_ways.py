@@ -25,19 +25,25 @@ SPECIMENS = ("gpt2", "phi3", "t5", "clip", "albert", "encoder_decoder")
 
 def headed(row: str) -> str:
     """A class with a task head, where the row has one."""
-    return next((cls for cls in classes(row) if cls.endswith("Classification")), classes(row)[0])
+    return next((cls for cls in ROWS[row].classes if cls.endswith("Classification")), ROWS[row].classes[0])
 
 
 def cases() -> list[Any]:
     """(row, class, method): LoRA on all rows and every method on the specimens by default."""
     found = []
     for row in ALL:
-        for cls in classes(row):
+        for cls in ROWS[row].classes:
             for method in METHODS:
                 default = cls == headed(row) and (method == "lora" or row in SPECIMENS)
                 marks = () if default else (pytest.mark.full,)
                 found.append(pytest.param(row, cls, method, marks=marks, id=f"{cls}-{method}"))
     return found
+
+
+def need(row: str, cls: str) -> None:
+    """Skip a class that this version of transformers has not got, or not in working order."""
+    if cls not in classes(row):
+        pytest.skip(f"this version of transformers has no working {cls}")
 
 
 def their_config(method: str, row: str, cls: str) -> peft.PeftConfig:
@@ -65,6 +71,7 @@ def our_config(method: str, row: str, cls: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("row", "cls", "method"), cases())
 def test_an_adapter_of_peft_gives_the_same_outputs(row: str, cls: str, method: str, tmp_path: Path) -> None:
+    need(row, cls)
     want = theirs(row, cls, their_config(method, row, cls), tmp_path)
     model = build(row, cls)
     base = run(model, row, cls)
@@ -76,6 +83,7 @@ def test_an_adapter_of_peft_gives_the_same_outputs(row: str, cls: str, method: s
 
 @pytest.mark.parametrize(("row", "cls", "method"), cases())
 def test_peft_reads_an_adapter_with_the_same_outputs(row: str, cls: str, method: str, tmp_path: Path) -> None:
+    need(row, cls)
     model = build(row, cls)
     base = run(model, row, cls)
     kit = ak.attach(model, our_config(method, row, cls), seed=0)
