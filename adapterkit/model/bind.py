@@ -137,7 +137,7 @@ def add_slot(here: Here, role: str, found: Found, words: Loc) -> Slot | None:
         size,
         None,
         linear.is_transposed(found.module),
-        found.said.batch or "first",
+        found.said.batch or here.batch or "first",
         found.said.was,
     )
     here.draft.slots[slot.address] = slot
