@@ -46,7 +46,9 @@ def programs(
         found[path] = Program(instead=key)
     for step in sorted(_steps(adapter, kept), key=lambda step: step.phase):
         old = found.get(step.path, Program())
-        if step.acts_on == "input":
+        if step.acts_on == "entry":
+            found[step.path] = old._replace(entry=(*old.entry, step.key))
+        elif step.acts_on == "input":
             found[step.path] = old._replace(inputs=(*old.inputs, step.key))
         else:
             found[step.path] = old._replace(outputs=(*old.outputs, step.key))

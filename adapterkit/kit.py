@@ -76,6 +76,7 @@ class Kit(Mapping[str, Adapter]):
         self.blueprint = blueprint
         self._adapters: dict[str, Adapter] = {}
         self._runtime = Runtime()
+        self._top = entry.Top(self._runtime)
         self._active: str | None = None
         self._originals: merging.Originals | None = None
         self._entries: dict[str, nn.Module] = {}
@@ -234,9 +235,9 @@ class Kit(Mapping[str, Adapter]):
         places: dict[str, Slot | Head] = {slot.address: slot for slot in adapter.plan.slots}
         places |= {head.address: head for head in (*self.blueprint.heads, *self.blueprint.poolers)}
         hosts = {places[address]: module for address, module in modules.items()}
-        helpers = adapter.config.helpers(adapter.plan.slots)
+        helpers = adapter.config.helpers(adapter.plan.slots, self.blueprint)
         record = manifest.write(adapter.plan, self.blueprint)
-        adapter.injection = inject(self._runtime, adapter.name, hosts, adapter.shared, helpers, record)
+        adapter.injection = inject(self._runtime, adapter.name, hosts, adapter.shared, helpers, record, self._top)
         if ATTRIBUTE not in self.model.__dict__:
             try:
                 self._enter()
@@ -247,7 +248,8 @@ class Kit(Mapping[str, Adapter]):
 
     def _take(self, adapter: Adapter) -> None:
         """Take an adapter's modules out of the model."""
-        eject(adapter.injection, (other.injection for other in self._adapters.values() if other is not adapter))
+        others = (other.injection for other in self._adapters.values() if other is not adapter)
+        eject(adapter.injection, others, self._top)
 
     def _enter(self) -> None:
         """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
@@ -257,6 +259,7 @@ class Kit(Mapping[str, Adapter]):
         self._hooks = [
             self.model.register_load_state_dict_pre_hook(place_tensors),
             self.model.register_state_dict_pre_hook(_refuse_merged_state),
+            self.model.register_forward_pre_hook(self._top, with_kwargs=True),
         ]
         self.model.__dict__[ATTRIBUTE] = self
 
@@ -295,6 +298,7 @@ class Kit(Mapping[str, Adapter]):
             site = site_of(host)
             if site is not None:
                 site.program = programs.get(path)
+        self._top.program = programs.get(self._top.key)
 
     def _programs(self, setup: str | None, skip_layers: Layers = ()) -> Programs:
         return programs(setup, self, self.blueprint, self._entries, skip_layers)

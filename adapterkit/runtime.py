@@ -12,6 +12,8 @@ class Program(NamedTuple):
 
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    entry: tuple[str, ...] = ()
+    """Keys of units that see all arguments before the host runs."""
     instead: str | None = None
     """Key of a module that is called in place of the host: a head of the adapter's own."""
     before: str | None = None

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.runtime import Program, Runtime
+
 KEY = "input_grad"
 
 
@@ -35,3 +37,27 @@ def _checkpoints_reentrantly(layer: nn.Module) -> bool:
         return False
     run = getattr(layer, "_gradient_checkpointing_func", None)
     return getattr(run, "keywords", {}).get("use_reentrant") is not False
+
+
+class Top:
+    """What a site is elsewhere, for the model itself: its class is never swapped, so it is told by a forward pre-hook.
+
+    A hook that comes after the first compiled call would be ignored; every adapter that needs one also swaps a class
+    inside, which makes the compiler look again.
+    """
+
+    key = ""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.program: Program | None = None
+        self.units: dict[str, nn.Module] = {}
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        override = self.runtime.override
+        program = self.program if override.programs is None else override.programs.get(self.key)
+        for key in program.entry if program is not None else ():
+            args, kwargs = self.units[key](args, kwargs, model, override.flow)
+        return args, kwargs

@@ -84,6 +84,7 @@ def inject(
     shared: nn.Module | None,
     helpers: Sequence[Helper],
     manifest: torch.Tensor,
+    top: entry.Top,
 ) -> Injection:
     """Register the modules of one adapter at their hosts, and the helpers that are not there yet.
 
@@ -93,7 +94,9 @@ def inject(
     plan = [(place.path, place.module, place.address, module) for place, module in modules.items()]
     if shared is not None:
         plan.insert(0, (plan[0][0], plan[0][1], "shared", shared))
-    for path, host in (*((p, h) for p, h, _, _ in plan), *((h.place.path, h.place.module) for h in helpers)):
+    hosts = [(path, host) for path, host, _, _ in plan]
+    hosts += [(helper.place.path, helper.place.module) for helper in helpers if helper.place.path != top.key]
+    for path, host in hosts:
         check(host, path)
     opened: list[tuple[str, nn.Module]] = []
     try:
@@ -113,6 +116,9 @@ def inject(
         done.helpers = helpers
         for helper in helpers:
             path, host = helper.place.path, helper.place.module
+            if path == top.key:
+                top.units.setdefault(helper.key, helper.make())
+                continue
             if CHILD not in host._modules:
                 opened.append((path, host))
             open_site(host, path, runtime)._modules.setdefault(helper.key, helper.make())
@@ -151,7 +157,7 @@ def _site(host: nn.Module) -> Site:
     return site
 
 
-def eject(injection: Injection, others: Iterable[Injection] = ()) -> None:
+def eject(injection: Injection, others: Iterable[Injection], top: entry.Top) -> None:
     """Take one adapter out, with the helpers that no other needs; sites that are empty then are closed.
 
     Raises: PlanError: another library wrapped a host on top; nothing is changed then.
@@ -161,7 +167,8 @@ def eject(injection: Injection, others: Iterable[Injection] = ()) -> None:
     needed = {(helper.place.path, helper.key) for other in others for helper in other.helpers}
     own = {(helper.place.path, helper.key) for helper in injection.helpers} - needed
     for path, key in (*injection.entries, *own):
-        _site(injection.hosts[path])._modules.pop(key, None)
+        modules = top.units if path == top.key else _site(injection.hosts[path])._modules
+        modules.pop(key, None)
     for path, host in injection.hosts.items():
         site = _site(host)
         site._buffers.pop(slug(injection.name, "manifest"), None)

@@ -60,7 +60,7 @@ class Helper(NamedTuple):
     place: Slot
     key: str
     make: Callable[[], nn.Module]
-    acts_on: Literal["input", "output"]
+    acts_on: Literal["input", "output", "entry"]
     phase: int
 
 
@@ -89,7 +89,7 @@ class MethodConfig(BaseModel, ABC):
     def build(self, slot: Any, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         """The unit for one slot, in float32 on the CPU; reads the host's weight at most."""
 
-    def helpers(self, slots: Sequence[Slot]) -> list[Helper]:
+    def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
         """What the units need elsewhere."""
         return []
 
@@ -140,7 +140,7 @@ class BranchConfig(MethodConfig):
         found = self.available(blueprint)
         return select_branches(blueprint, found, self.locations, self.layers, self.leave_out)
 
-    def helpers(self, slots: Sequence[Slot]) -> list[Helper]:
+    def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
         found = []
         for branch in slots:
             if not isinstance(branch, Branch):

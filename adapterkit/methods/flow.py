@@ -5,11 +5,14 @@ It lives with the thread and not at the modules, so that threads which share a m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from adapterkit.model.blueprint import Blueprint, Slot
 
 Flow = dict[str, Any]
 
@@ -90,3 +93,34 @@ def base_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward that the module's class had before adapters came to it."""
     forward: Callable[..., Any] = getattr(type(module), "_adapterkit_base", type(module)).forward
     return forward
+
+
+def entry_place(blueprint: Blueprint, stack: str) -> Slot:
+    """The module whose call runs a stack."""
+    named = blueprint.places.get(f"{stack}.entry")
+    info = blueprint.stacks[stack]
+    return named or Slot(f"{stack}.entry", "entry", stack, None, None, info.root, info.path)
+
+
+def given_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name."""
+    names = list(inspect.signature(base_forward(module)).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+class EntryInfo(nn.Module):
+    """Where a stack is entered: remember which positions are real, and how many a cache already holds."""
+
+    def __init__(self, stack: str, mask: str | None) -> None:
+        super().__init__()
+        self.stack = stack
+        self.mask = mask
+
+    def forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = given_arguments(module, args, kwargs)
+        cache = given.get("past_key_values")
+        flow[f"{self.stack}.mask"] = given.get(self.mask) if self.mask else None
+        flow[f"{self.stack}.past"] = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        return args, kwargs

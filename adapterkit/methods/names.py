@@ -15,6 +15,7 @@ from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
 from adapterkit.methods.ia3 import IA3Config
 from adapterkit.methods.lora import LoRAConfig
 from adapterkit.methods.mtl_lora import MTLLoRAConfig
+from adapterkit.methods.reft import ReFTConfig
 from adapterkit.methods.vera import VeRAConfig
 
 # the parser of libyaml, where PyYAML was built with it, is ten times faster
@@ -30,6 +31,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         DVoRAConfig,
         MTLLoRAConfig,
         BottleneckConfig,
+        ReFTConfig,
     )
 }
 
@@ -60,6 +62,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "stochastic_depth": 0.1,
         },
     ),
+    "loreft": ("reft", {}),
+    "noreft": ("reft", {"orthogonal": False}),
+    "direft": ("reft", {"orthogonal": False, "subtract_projection": False}),
 }
 """Names with options of their own: name -> (method, options)."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapterkit.errors import PlanError, Problem, did_you_mean, listing
@@ -19,7 +19,15 @@ class Selection:
     """Slots in the order of the model, and what was asked for and is not there."""
 
     slots: tuple[Slot, ...]
-    missing: tuple[Problem, ...]
+    missing: tuple[Problem, ...] = ()
+
+    @classmethod
+    def of(cls, slots: list[Slot], problems: Sequence[Problem] = ()) -> Selection:
+        """A selection; one without slots is a problem of its own."""
+        if slots or problems:
+            return cls(tuple(slots), tuple(problems))
+        expected = "targets and layers that meet"
+        return cls((), (Problem("nothing-selected", "no slot is left to adapt", expected=expected),))
 
 
 Layers = tuple[int | str, ...]
@@ -41,7 +49,7 @@ def select(
         slots, missing = _target(blueprint, target, kept, partial=everything)
         chosen |= {slot.address: slot for slot in slots}
         problems += missing
-    return _selection([slot for slot in blueprint if slot.address in chosen], problems)
+    return Selection.of([slot for slot in blueprint if slot.address in chosen], problems)
 
 
 def select_branches(
@@ -69,18 +77,11 @@ def select_branches(
             expected = f"branches here: {listing(known)}"
             problems.append(Problem("no-such-branch", message, location, expected, did_you_mean(location, known)))
         chosen |= {slot.address for slot in matching if (slot.stack, slot.layer) in kept}
-    return _selection([slot for slot in found.values() if slot.address in chosen], problems)
+    return Selection.of([slot for slot in found.values() if slot.address in chosen], problems)
 
 
 def _by_default(blueprint: Blueprint, slot: Slot) -> bool:
     return blueprint.stacks[slot.stack].by_default
-
-
-def _selection(slots: list[Slot], problems: list[Problem]) -> Selection:
-    if not slots and not problems:
-        expected = "targets and layers that meet"
-        problems.append(Problem("nothing-selected", "no slot is left to adapt", expected=expected))
-    return Selection(tuple(slots), tuple(problems))
 
 
 def chosen_layers(blueprint: Blueprint, layers: Layers | None, leave_out: Layers) -> set[tuple[str, int]]:

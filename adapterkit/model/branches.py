@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -89,3 +89,16 @@ def _width(projection: Slot, norms: list[Slot | None]) -> int:
         if isinstance(weight, nn.Parameter):
             return int(weight.shape[-1])
     return 0
+
+
+def layer_slots(blueprint: Blueprint) -> dict[str, Slot]:
+    """Every layer as a slot of shape (D, D), by its address."""
+    widths = {(branch.stack, branch.layer): branch.shape for branch in branches(blueprint).values()}
+    found = {}
+    for stack in blueprint.stacks.values():
+        for index in range(stack.num_layers):
+            place = blueprint.places[f"{stack.address}.{index}.layer"]
+            shape = widths.get((stack.address, index))
+            if shape is not None:
+                found[place.address] = replace(place, shape=shape)
+    return found

@@ -1,0 +1,188 @@
+"""ReFT: interventions on the hidden states at a few positions behind each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from adapterkit.methods.activations import ACTIVATIONS
+from adapterkit.methods.base import Helper, Layers, MethodConfig, Shared, Unit
+from adapterkit.methods.flow import EntryInfo, entry_place, first, flow_of, with_first
+from adapterkit.methods.targets import Selection, chosen_layers
+from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.model.branches import layer_slots
+
+
+class ReFTConfig(MethodConfig):
+    """Representation finetuning (Wu et al. 2024, arXiv:2404.03592)."""
+
+    method: ClassVar[str] = "reft"
+
+    r: int = Field(default=1, ge=1, description="rank R of the subspace that is edited")
+    prefix_positions: int = Field(default=3, ge=0, description="edited positions from the first token on")
+    suffix_positions: int = Field(default=0, ge=0, description="edited positions up to the last token")
+    orthogonal: bool = Field(default=True, description="the rows of R are orthonormal (LoReFT)")
+    subtract_projection: bool = Field(default=True, description="the present state in the subspace is taken out")
+    tied_weights: bool = Field(default=False, description="one intervention for prefix and suffix")
+    non_linearity: str | None = Field(default=None, description="activation of the learned source")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on the result, in training")
+    layers: Layers | None = Field(
+        default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
+    )
+    leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
+
+    def model_post_init(self, context: Any) -> None:
+        if not self.prefix_positions and not self.suffix_positions:
+            raise ValueError("prefix_positions or suffix_positions must be at least 1")
+        if self.non_linearity is not None and self.non_linearity not in ACTIVATIONS:
+            raise ValueError(f"non_linearity is one of {', '.join(ACTIVATIONS)}")
+
+    def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
+        return layer_slots(blueprint)
+
+    def select(self, blueprint: Blueprint) -> Selection:
+        kept = chosen_layers(blueprint, self.layers, self.leave_out)
+        slots = self.available(blueprint).values()
+        by_default = (slot for slot in slots if blueprint.stacks[slot.stack].by_default)
+        return Selection.of([slot for slot in by_default if (slot.stack, slot.layer) in kept])
+
+    def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        return ReFT(slot, self, generator)
+
+    def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
+        stacks = dict.fromkeys(slot.stack for slot in slots)
+        return [
+            Helper(
+                entry_place(blueprint, stack),
+                f"entry_info__{stack.replace('/', '_')}",
+                partial(EntryInfo, stack, blueprint.stacks[stack].inputs.mask),
+                "entry",
+                0,
+            )
+            for stack in stacks
+        ]
+
+
+class Intervention(nn.Module):
+    """h + R^T (act(W h + b) - R h), edited in a subspace of R dimensions.
+
+    Source: Wu et al. 2024, arXiv:2404.03592, eq. 2 (LoReFT: orthonormal R); NoReFT lets R be any matrix, DiReFT (eq. 3)
+    also leaves out R h.
+    Shapes: h (..., D) -> (..., D); R `projection` (R, D), W and b `source` (R, D), (R,).
+    """
+
+    def __init__(self, d_model: int, config: ReFTConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.subtract = config.subtract_projection
+        self.act = None if config.non_linearity is None else ACTIVATIONS[config.non_linearity]
+        self.orthogonal = config.orthogonal
+        self.source = nn.Linear(d_model, config.r)
+        self.projection = nn.Parameter(torch.empty(config.r, d_model))
+        bound = d_model**-0.5
+        with torch.no_grad():
+            for tensor in (self.source.weight, self.source.bias, self.projection):
+                tensor.uniform_(-bound, bound, generator=generator)
+            if config.orthogonal and not self.projection.is_meta:
+                nn.init.orthogonal_(self.projection, generator=generator)
+
+    def rows(self) -> torch.Tensor:
+        """R (R, D). Where its rows are orthonormal, they are those of the QR decomposition of `projection`, signs kept: a
+        plain tensor that can be pickled, averaged and loaded, and that is R itself when its rows are orthonormal already.
+        """
+        if not self.orthogonal:
+            return self.projection
+        q, r = torch.linalg.qr(self.projection.float().t())
+        return (q * r.diagonal().sign().detach()).t().to(self.projection.dtype)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        rows = self.rows()
+        source = self.source(h)
+        source = source if self.act is None else self.act(source)
+        if self.subtract:
+            source = source - F.linear(h, rows)
+        return h + source @ rows
+
+
+class ReFT(Unit):
+    """Edit the first and last positions of every example behind one layer.
+
+    Positions are counted by the stack's own mask, from its first one on; padding is never edited. Under a cache only the
+    first step is edited, since its positions are those of the prompt. Where both overlap, the suffix is taken.
+    Shapes: h (B, T, D) -> (B, T, D).
+    """
+
+    phase = 4
+
+    def __init__(self, slot: Slot, config: ReFTConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        d_model = (slot.shape or (1, 1))[0]
+        self.stack = slot.stack
+        self.config = config
+        if config.prefix_positions:
+            self.prefix = Intervention(d_model, config, generator)
+        if config.suffix_positions and not (config.tied_weights and config.prefix_positions):
+            self.suffix = Intervention(d_model, config, generator)
+
+    def refuses_merge(self) -> str | None:
+        return "an intervention on states is no change of a weight"
+
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise NotImplementedError("refused by refuses_merge")
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        flow = flow_of(host)
+        if flow.get(f"{self.stack}.past"):
+            return out
+        h = first(out)
+        config, length = self.config, h.shape[1]
+        begin, end = spans(flow.get(f"{self.stack}.mask"), h)
+        result = h
+        if config.prefix_positions:
+            result = edit(h, result, self.prefix, begin, begin, end, min(config.prefix_positions, length))
+        if config.suffix_positions:
+            count = min(config.suffix_positions, length)
+            unit = self.prefix if config.tied_weights and config.prefix_positions else self.suffix
+            result = edit(h, result, unit, torch.maximum(end - count, begin), begin, end, count)
+        if self.training and config.dropout:
+            result = F.dropout(result, config.dropout)
+        return with_first(out, result)
+
+
+def spans(mask: torch.Tensor | None, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First position and the one behind the last of every example: (B,) each."""
+    rows, length = h.shape[:2]
+    if mask is None or mask.ndim != 2 or mask.shape[1] != length:
+        begin = torch.zeros(rows, dtype=torch.long, device=h.device)
+        return begin, begin + length
+    ones = (mask != 0).long().to(h.device)
+    begin = ones.argmax(dim=1)
+    return begin, begin + ones.sum(dim=1)
+
+
+def edit(
+    h: torch.Tensor,
+    result: torch.Tensor,
+    unit: nn.Module,
+    start: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    count: int,
+) -> torch.Tensor:
+    """`result` with unit(h) at `count` positions from `start`, as far as they lie between begin and end.
+
+    Shapes: h, result (B, T, D); start, begin, end (B,).
+    """
+    steps = start[:, None] + torch.arange(count, device=h.device)
+    inside = (steps >= begin[:, None]) & (steps < end[:, None])
+    # positions outside wrap around: they stay different from one another, and get back what they had
+    index = (steps % h.shape[1])[:, :, None].expand(-1, -1, h.shape[2])
+    own = h.gather(1, index)
+    dtype = next(unit.parameters()).dtype
+    new = unit(own.to(dtype)).to(h.dtype)
+    return result.scatter(1, index, torch.where(inside[:, :, None], new, result.gather(1, index)))
