@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.versions import __version__
 
 _HOMES = {
-    "attach": "adapterkit.kit",
-    "load": "adapterkit.kit",
-    "of": "adapterkit.kit",
-    "plan": "adapterkit.kit",
+    "attach": "adapterkit.api",
+    "load": "adapterkit.api",
+    "of": "adapterkit.api",
+    "plan": "adapterkit.api",
     "Kit": "adapterkit.kit",
     "Adapter": "adapterkit.adapter",
     "Plan": "adapterkit.planning",
@@ -54,7 +54,8 @@ __all__ = [  # noqa: PLE0604
 if TYPE_CHECKING:
     from adapterkit import errors
     from adapterkit.adapter import Adapter
-    from adapterkit.kit import Kit, attach, load, of, plan
+    from adapterkit.api import attach, load, of, plan
+    from adapterkit.kit import Kit
     from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
     from adapterkit.methods.ia3 import IA3Config
     from adapterkit.methods.lora import LoRAConfig

@@ -42,30 +42,13 @@ from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.names import parse
 from adapterkit.methods.targets import Layers
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.resolve import resolve
 from adapterkit.model.walk import named_parameters
 from adapterkit.planning import Draft, Plan, build, choose, describe
 from adapterkit.runtime import Programs, Runtime
-from adapterkit.spec.schema import Interface
 
 ATTRIBUTE = "_adapterkit"
 Method = str | Mapping[str, Any] | MethodConfig
 Head_ = Literal["auto"] | bool
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel or a compiled wrapper."""
-    while ATTRIBUTE not in model.__dict__:
-        inner = model._modules.get("_orig_mod") or (
-            model._modules.get("module") if isinstance(model, _WRAPPERS) else None
-        )
-        if inner is None:
-            return model
-        model = inner
-    return model
-
-
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class Kit(Mapping[str, Adapter]):
@@ -496,116 +479,3 @@ def _refuse_merged_state(model: nn.Module, prefix: str, keep_vars: bool) -> None
     kit = model.__dict__.get(ATTRIBUTE)
     if kit is not None:
         kit._refuse_merged("state_dict")
-
-
-def of(model: nn.Module) -> Kit:
-    """The kit of a model, seen through DDP, DataParallel and compiled wrappers.
-
-    Raises: NotAttachedError: nothing is attached.
-    """
-    kit = unwrapped(model).__dict__.get(ATTRIBUTE)
-    if not isinstance(kit, Kit):
-        raise NotAttachedError(Problem("not-attached", f"no adapter is attached to this {type(model).__name__}"))
-    return kit
-
-
-def kit_for(model: nn.Module, interface: Any = None) -> Kit:
-    """The kit of a model, a new one (not yet marked on the model) if it has none."""
-    model = unwrapped(model)
-    kit = model.__dict__.get(ATTRIBUTE)
-    if not isinstance(kit, Kit):
-        return Kit(model, resolve(model, interface))
-    if interface is not None:
-        from adapterkit.spec import registry
-
-        if registry.digest(registry.load(interface)) != registry.digest(kit.blueprint.interface):
-            message = "the model already has adapters under another interface"
-            raise PlanError(Problem("other-interface", message, "interface", kit.blueprint.interface_name))
-    return kit
-
-
-def attach(
-    model: nn.Module,
-    method: Method,
-    *,
-    name: str = "default",
-    interface: str | Path | dict[str, Any] | Interface | None = None,
-    activate: bool = True,
-    trainable: bool = True,
-    strict: bool = True,
-    head: Head_ = "auto",
-    seed: int | None = None,
-    dtype: str | torch.dtype = "match",
-    replace: bool = False,
-) -> Kit:
-    """Add an adapter to a model: resolve, plan, inject, freeze the base, activate.
-
-    Args:
-        model: any model that an interface describes; its class and its methods stay as they are.
-        method: a name ("lora"), a shorthand ("lora[r=4]"), a config or a dict.
-        name: letters, digits, '_' and '-'.
-        interface: path, model type, dict or Interface; default: by the model's type.
-        activate: let it act at once. trainable: let it be trained.
-        strict: refuse when something asked for is missing; False attaches what exists and lists the rest in `.plan.missing`.
-        head: give the adapter its own copy of the task heads; "auto" does so where there are any.
-        seed: start from the same weights on every device.
-        dtype: "match" the hosts, a name or a torch.dtype.
-        replace: replace an adapter of the same name.
-    Raises: SpecError, ResolveError, ConfigError, PlanError; the model is as before then.
-    """
-    return kit_for(model, interface).attach(
-        method,
-        name=name,
-        activate=activate,
-        trainable=trainable,
-        strict=strict,
-        head=head,
-        seed=seed,
-        dtype=dtype,
-        replace=replace,
-    )
-
-
-def load(
-    model: nn.Module,
-    source: str | Path,
-    *,
-    name: str | None = None,
-    interface: str | Path | dict[str, Any] | Interface | None = None,
-    activate: bool = True,
-    trainable: bool = False,
-    head: Head_ = "auto",
-    revision: str | None = None,
-    local_files_only: bool = False,
-    allow_bin: bool = False,
-) -> Kit:
-    """Add the adapters of a directory or hub id: native, AdapterHub or PEFT files, or a full checkpoint.
-
-    Args: as `attach`; revision, local_files_only: for hub ids; allow_bin: read torch files, with `weights_only=True`.
-    Raises: FileFormatError: unknown or missing tensors, other shapes, a newer format, a head that does not fit; the model
-        is as before then.
-    """
-    interface = reader.interface_for(source, interface, revision, local_files_only)
-    return kit_for(model, interface).load(
-        source,
-        name=name,
-        activate=activate,
-        trainable=trainable,
-        head=head,
-        revision=revision,
-        local_files_only=local_files_only,
-        allow_bin=allow_bin,
-    )
-
-
-def plan(
-    model: nn.Module,
-    method: Method,
-    *,
-    name: str = "default",
-    interface: str | Path | dict[str, Any] | Interface | None = None,
-    strict: bool = True,
-    head: Head_ = "auto",
-) -> Plan:
-    """What attach would do. Nothing is changed; the model may be on the meta device."""
-    return kit_for(model, interface).plan(method, name=name, strict=strict, head=head)

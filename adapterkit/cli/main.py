@@ -150,8 +150,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """What attaching a method would do, slot by slot."""
+    from adapterkit.api import plan
     from adapterkit.cli import models, report
-    from adapterkit.kit import plan
 
     found = plan(models.on_meta(model), method, interface=interface, strict=not partial)
     report.as_json(found.to_dict()) if json else typer.echo(str(found))

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from adapterkit.api import kit_for
 from adapterkit.cli import models, report
 from adapterkit.errors import ConfigError, PlanError
-from adapterkit.kit import Kit, kit_for
+from adapterkit.kit import Kit
 from adapterkit.methods.names import METHODS
 from adapterkit.model.blueprint import Blueprint
 

@@ -21,7 +21,7 @@ LONGEST = 600
 
 ROOMS = (
     "errors versions | spec | model | methods | planning | runtime | inject | adapter"
-    " | activation liveness merging | files | report | kit | author | demo | cli | __init__ __main__"
+    " | activation liveness merging | files | report | kit | api | author | demo | cli | __init__ __main__"
 )
 """From the ground up: a room imports rooms that stand before it, and none between the same two bars."""
 
