@@ -60,9 +60,10 @@ class Matrix:
 
 def main(arguments: list[str]) -> int:
     matrix, start = Matrix(), time.perf_counter()
-    code = pytest.main([str(Path(__file__).parent), "-q", "--no-header", "--tb=short", *arguments], plugins=[matrix])
-    print(matrix)
-    print(f"{time.perf_counter() - start:.0f} s, transformers {version('transformers')}, torch {version('torch')}")
+    here = str(Path(__file__).parent)
+    code = pytest.main([here, "-q", "--no-header", "--tb=short", *arguments], plugins=[matrix])
+    versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "torch"))
+    print(f"{matrix}\n{time.perf_counter() - start:.0f} s, {versions}")
     return int(code)
 
 

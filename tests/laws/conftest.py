@@ -33,6 +33,7 @@ def _chosen(config: pytest.Config, cases: Iterable[tuple[matrix.Case, bool]]) ->
 def _words(config: pytest.Config, option: str, known: Iterable[str]) -> set[str]:
     """The words of a filter, all if it was not given."""
     given = {word for word in str(config.getoption(option, None) or "").split(",") if word}
-    if given - set(known):
-        raise pytest.UsageError(f"{option} {', '.join(sorted(given - set(known)))}: known are {', '.join(known)}")
+    unknown = sorted(given - set(known))
+    if unknown:
+        raise pytest.UsageError(f"{option} {', '.join(unknown)}: known are {', '.join(known)}")
     return given or set(known)

@@ -1,4 +1,4 @@
-"""What the laws are tried on: families x classes x methods, and what is known of each from elsewhere than adapterkit."""
+"""What the laws are tried on: families x classes x methods, and what is known of each from elsewhere."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {"method": "vera", "targets": "all", "r": 6},
     "dora": {"method": "dora", "targets": "all", "r": 4, "alpha": 6},
     "dvora": {"method": "dvora", "targets": "all", "r": 6},
-    "mtl_lora": {"method": "mtl_lora", "targets": "all", "r": 4, "alpha": 6, "n_up": 2, "task_matrix": "full"},
+    "mtl_lora": {
+        "method": "mtl_lora",
+        "targets": "all",
+        "r": 4,
+        "alpha": 6,
+        "n_up": 2,
+        "task_matrix": "full",
+    },
 }
 CUSTOM = Path(__file__).parent.parent / "models" / "custom.yaml"
 TASKS = ("Classification", "Classifier", "CausalLM", "ConditionalGeneration")
-# what has a head of its own on top of the base, by the last words of its name; the path to the vocabulary is no head
+# what has a head on top of the base, by the last words of its name; the path to the vocabulary is no head
 HEADED = (
     "Classification",
     "Classifier",
@@ -145,8 +152,8 @@ def randomise(kit: ak.Kit, name: str = "default", *, heads: bool = True, seed: i
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The main outputs as one flat tensor, without gradients.
 
-    With them the bits may differ for reasons of torch: it has one attention kernel for a mask that requires a gradient
-    (the relative positions of T5 and BEiT, before they are frozen) and another for one that does not.
+    With them the bits may differ for reasons of torch, which has one attention kernel for a mask that requires
+    gradients (relative positions of T5 and BEiT, before they are frozen) and another for one that does not.
     """
     with torch.no_grad():
         return tiny.output(model(**inputs))

@@ -1,13 +1,17 @@
-"""Laws of one forward and backward pass: identity at the start, what moves, what is trained, what is wrapped."""
+"""Laws of one forward and backward pass: identity at first, what moves, what is trained, what is wrapped."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from tests.laws.matrix import Case, loss, randomise, run
+
+# said by EncoderDecoderModel whenever it is given labels
+pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces a better way:FutureWarning")
 
 # linear maps inside layers that are no sublayer of the layer, and why
 NOT_ADAPTED = {"output.adapter_modules.": "X-MOD's own adapters, one for each language"}
@@ -22,7 +26,7 @@ def test_output_is_the_base_models_at_first_and_differs_after_a_random_step(case
     assert torch.equal(run(model, inputs), before)
     randomise(kit, heads=False)
     after = run(model, inputs)
-    assert (after - before).abs().max() > 1e-3 * before.abs().max()
+    assert (after - before).abs().max() > 1e-4 * before.abs().max()
     with kit.disabled():
         assert torch.equal(run(model, inputs), before)
 
@@ -59,7 +63,8 @@ def test_every_linear_map_of_every_layer_is_wrapped_once(case: Case) -> None:
         assert slots.keys() == plain
     assert slots
     assert slots.keys() <= plain
-    swapped = {path: module for path, module in kit.model.named_modules() if path in plain and is_swapped(module)}
+    hosts = {path: module for path, module in kit.model.named_modules() if path in plain}
+    swapped = {path: module for path, module in hosts.items() if is_swapped(module)}
     assert swapped.keys() == slots.keys()
     for path, host in swapped.items():
         units = [key for key in host.get_submodule("adapterkit")._modules if not key.endswith("__shared")]
@@ -67,7 +72,7 @@ def test_every_linear_map_of_every_layer_is_wrapped_once(case: Case) -> None:
 
 
 def is_swapped(module: torch.nn.Module) -> bool:
-    """Whether the class of the instance is a subclass of the same name, and that of a class that was not swapped."""
+    """Whether the class of the instance is a subclass of one of the same name that was not swapped itself."""
     names = [cls.__name__ for cls in type(module).__mro__]
     assert names.count(names[0]) <= 2, "swapped twice"
     return names[1] == names[0]

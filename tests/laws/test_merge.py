@@ -1,4 +1,4 @@
-"""Law of merging: the weights become what the papers' formulas say, rounded once, and come back bit for bit."""
+"""Law of merging: weights become what the papers' formulas say, rounded once, and come back bit for bit."""
 
 from __future__ import annotations
 
@@ -73,19 +73,23 @@ def weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
     }
 
 
+def below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+
+
 def expected(case: Case, kit: ak.Kit) -> dict[str, tuple[Tensor, Tensor | None, set[int]]]:
     """Path -> merged weight and bias in float64, and the rows that are adapted."""
     tensors = kit["default"].state_dict()
-    shared = {key.removeprefix("shared."): value for key, value in tensors.items() if key.startswith("shared.")}
+    shared = below(tensors, "shared.")
     before, found = weights(kit.model), {}
     for slot in kit["default"].plan.slots:
         weight, bias = before[slot.path]
         default = (weight.double(), None if bias is None else bias.double(), set())
         whole, whole_bias, adapted = found.setdefault(slot.path, default)
         rows = rows_of(slot.path, slot.role, len(weight))
-        start = f"{slot.address}."
-        own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-        new, new_bias = merged(case, slot.role, weight[rows], None if bias is None else bias[rows], own, shared)
+        own = below(tensors, f"{slot.address}.")
+        own_bias = None if bias is None else bias[rows]
+        new, new_bias = merged(case, slot.role, weight[rows], own_bias, own, shared)
         whole[rows] = new
         if whole_bias is not None and new_bias is not None:
             whole_bias[rows] = new_bias
@@ -94,15 +98,17 @@ def expected(case: Case, kit: ak.Kit) -> dict[str, tuple[Tensor, Tensor | None, 
 
 
 def assert_rounded_once(found: Tensor, exact: Tensor) -> None:
-    """Within half a unit of the last place, but for what float32 adds to it where two neighbours are equally near."""
-    bits = {torch.bfloat16: 8}[found.dtype]
+    """Within half a unit of the last of eight bits, and what float32 adds where two are equally near."""
     _, exponent = torch.frexp(exact)
-    half = torch.ldexp(torch.ones_like(exact), exponent - bits - 1)
+    half = torch.ldexp(torch.ones_like(exact), exponent - 8 - 1)
     noise = 1e-6 * exact.abs().max()
     assert ((found.double() - exact).abs() <= half + noise).all()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["32", "64"])
+TYPES = [(torch.float32, 1e-5), (torch.float64, 1e-12)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TYPES, ids=["float32", "float64"])
 def test_merged_equals_unmerged_and_unmerge_gives_the_bits_back(
     case: Case, dtype: torch.dtype, tolerance: float
 ) -> None:

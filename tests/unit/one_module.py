@@ -100,7 +100,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 def assert_same_function(
     module: nn.Module, unit: Unit, expected: Tensor, x: Tensor, other_x: Tensor, copies: Mapping[str, Tensor]
 ) -> None:
-    """Output, gradient of the input and of every tensor agree; `expected` is a function of `other_x` and `copies`."""
+    """Output and gradients of input and tensors agree; `expected` is a function of `other_x` and `copies`."""
     found = run(module, {"": unit}, x)
     close(found, expected)
     generator = torch.Generator().manual_seed(5)

@@ -21,7 +21,7 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(str(word) for word in method.values()))
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
 def test_dropout_acts_in_training_only_and_is_right_on_average(method: dict[str, Any]) -> None:
     module = one.host(D, D)
     plain = one.units(method, [one.slot(module)])["q"]

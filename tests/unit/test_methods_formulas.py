@@ -47,15 +47,13 @@ def test_lora_with_a_gate(module: nn.Module) -> None:
 
 
 @HOSTS
-@pytest.mark.parametrize(
-    ("init", "factors"), [("pissa", lora.pissa_factors), ("olora", lora.olora_factors)], ids=["pissa", "olora"]
-)
+@pytest.mark.parametrize(("init", "factors"), [("pissa", lora.pissa_factors), ("olora", lora.olora_factors)])
 def test_principal_starts(module: nn.Module, init: str, factors: Any) -> None:
     W, scaling = one.weight(module), 5 / R
     method = {"method": "lora", "r": R, "alpha": 5, "init": init}
     start = one.units(method, [one.slot(module)], random=False)["q"]
     A, B, residual = factors(W, R, scaling)
-    # the principal part is scaling B A in PiSSA; OLoRA has B A, so that the factor divides our start. Starts are float32
+    # the principal part is scaling B A in PiSSA, B A in OLoRA: there the factor divides our start; both float32
     principal = W - residual if init == "pissa" else B @ A
     torch.testing.assert_close(scaling * (start.B @ start.A), principal, rtol=1e-5, atol=1e-6)
     x = one.tokens()
@@ -147,7 +145,8 @@ def test_dora(module: nn.Module, rslora: bool) -> None:
     (found * along).sum().backward()
     (expected * along).sum().backward()
     one.close(x.grad, other.grad)
-    for name, grad in zip("ABm", dora.dora_grads(x, W, t["A"], t["B"], t["m"], along, 5, rslora), strict=True):
+    grads = dora.dora_grads(x, W, t["A"], t["B"], t["m"], along, 5, rslora)
+    for name, grad in zip("ABm", grads, strict=True):
         one.close(getattr(unit, name).grad, grad)
     exact = dora.dora_grads(x, W, t["A"], t["B"], t["m"], along, 5, rslora, detach_norm=False)
     assert not torch.allclose(unit.A.grad, exact[0]), "the norm is a constant in backward (section 4.3)"
@@ -214,7 +213,7 @@ def test_rank_and_alpha_for_each_role() -> None:
 
 @pytest.mark.parametrize(("init", "spread"), [("lora", 1 / math.sqrt(3 * 64)), ("gaussian", 1 / 32)])
 def test_starts_have_the_spread_of_their_papers(init: str, spread: float) -> None:
-    """U(-1/sqrt(D_in), 1/sqrt(D_in)) has the standard deviation 1/sqrt(3 D_in); the paper's Gaussian has 1/R."""
+    """U(-1/sqrt(D_in), 1/sqrt(D_in)) deviates by 1/sqrt(3 D_in), the paper's Gaussian by 1/R."""
     module = one.host(64, 64)
     unit = one.units({"method": "lora", "r": 32, "init": init}, [one.slot(module)], random=False)["q"]
     assert not unit.B.any()

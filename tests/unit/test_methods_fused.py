@@ -26,7 +26,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def adapted(method: str, unit: Unit, W: Tensor, b: Tensor | None, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def adapted(
+    method: str, unit: Unit, W: Tensor, b: Tensor | None, t: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of one role by the paper; the norm of DoRA is a constant, as its section 4.3 says."""
     if method == "ia3":
         return ia3.ia3_merged_output(W, b, t["scale"])
