@@ -69,8 +69,8 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     refuse_unnamed(blueprint, source)
     data = read_json(directory / CONFIG)
     said = parse(data, str(directory / CONFIG))
-    weights = directory / WEIGHTS
-    tensors = read_tensors(weights if weights.is_file() else directory / WEIGHTS_BIN, allow_bin)
+    only_bin = (directory / WEIGHTS_BIN).is_file() and not (directory / WEIGHTS).is_file()
+    tensors = read_tensors(directory / (WEIGHTS_BIN if only_bin else WEIGHTS), allow_bin)
     # PEFT computes in float32 where a file has half precision
     half = {key for key, value in tensors.items() if value.is_floating_point() and value.element_size() < 4}
     units, rest = _split(
