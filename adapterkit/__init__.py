@@ -27,19 +27,29 @@ _HOMES = {
     "DoRAConfig": "adapterkit.methods.dora",
     "DVoRAConfig": "adapterkit.methods.dora",
     "MTLLoRAConfig": "adapterkit.methods.mtl_lora",
+    "BottleneckConfig": "adapterkit.methods.bottleneck",
+    "CompacterConfig": "adapterkit.methods.compacter",
+    "InvertibleConfig": "adapterkit.methods.invertible",
+    "ReFTConfig": "adapterkit.methods.reft",
+    "UnionConfig": "adapterkit.methods.union",
     "errors": "adapterkit.errors",
 }
 
 __all__ = [  # noqa: PLE0604
     "Adapter",
+    "BottleneckConfig",
+    "CompacterConfig",
     "DVoRAConfig",
     "DoRAConfig",
     "IA3Config",
     "Interface",
+    "InvertibleConfig",
     "Kit",
     "LoRAConfig",
     "MTLLoRAConfig",
     "Plan",
+    "ReFTConfig",
+    "UnionConfig",
     "VeRAConfig",
     "__version__",
     "attach",
@@ -56,10 +66,15 @@ if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
     from adapterkit.api import attach, load, of, plan
     from adapterkit.kit import Kit
+    from adapterkit.methods.bottleneck import BottleneckConfig
+    from adapterkit.methods.compacter import CompacterConfig
     from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
     from adapterkit.methods.ia3 import IA3Config
+    from adapterkit.methods.invertible import InvertibleConfig
     from adapterkit.methods.lora import LoRAConfig
     from adapterkit.methods.mtl_lora import MTLLoRAConfig
+    from adapterkit.methods.reft import ReFTConfig
+    from adapterkit.methods.union import UnionConfig
     from adapterkit.methods.vera import VeRAConfig
     from adapterkit.planning import Plan
     from adapterkit.spec.registry import interfaces, register

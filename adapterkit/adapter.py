@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapterkit.inject.injector import Injection
-from adapterkit.methods.base import MethodConfig, Unit
+from adapterkit.methods.base import MethodConfig, Shared, Unit
 from adapterkit.planning import Plan
 
 
@@ -20,7 +20,7 @@ class Adapter:
     name: str
     plan: Plan
     units: dict[str, Unit]
-    shared: nn.Module | None
+    shared: Shared | None
     heads: dict[str, nn.Module]
     """Address of the head -> the adapter's own copy of it."""
     poolers: dict[str, nn.Module]
@@ -43,6 +43,14 @@ class Adapter:
             for name, parameter in module.named_parameters():
                 yield f"{address}.{name}", parameter
 
+    def named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Tensors that the adapter trains when it is trained."""
+        frozen = {*self.poolers, *(("shared",) if self.shared is not None and not self.shared.trained else ())}
+        for address, module in self.modules().items():
+            if address not in frozen:
+                for name, parameter in module.named_parameters():
+                    yield f"{address}.{name}", parameter
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for _, parameter in self.named_parameters())
 
@@ -64,6 +72,8 @@ class Adapter:
         self.trainable = wanted
         for module in (*self.units.values(), *self.heads.values()):
             module.requires_grad_(wanted)
+        if self.shared is not None:
+            self.shared.requires_grad_(wanted and self.shared.trained)
 
     def __repr__(self) -> str:
         return repr(self.plan)

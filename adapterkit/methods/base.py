@@ -53,6 +53,9 @@ class Unit(nn.Module, ABC):
 class Shared(nn.Module):
     """Tensors that all units of one adapter use. Registered once, at the first site."""
 
+    trained: ClassVar[bool] = True
+    """False: they stay as they started."""
+
 
 class Helper(NamedTuple):
     """A module without tensors that units need elsewhere in the model; adapters share it."""

@@ -83,7 +83,7 @@ class BottleneckConfig(BranchConfig):
         return own and not self.is_parallel and not self.ln_after
 
     def build(self, branch: Branch, shared: Shared | None, generator: torch.Generator | None) -> Unit:
-        return Bottleneck(branch, self, generator)
+        return Bottleneck(branch, self, shared, generator)
 
     def projections(
         self, branch: Branch, shared: Shared | None, generator: torch.Generator | None
@@ -117,13 +117,19 @@ class Bottleneck(Unit):
 
     phase = 2
 
-    def __init__(self, branch: Branch, config: BottleneckConfig, generator: torch.Generator | None) -> None:
+    def __init__(
+        self,
+        branch: Branch,
+        config: BottleneckConfig,
+        shared: Shared | None,
+        generator: torch.Generator | None,
+    ) -> None:
         super().__init__()
         d_model = (branch.shape or (1, 1))[0]
         self.config = config
         self.branch = branch.address
         self.act = ACTIVATIONS[config.non_linearity]
-        self.down, self.up = config.projections(branch, None, generator)
+        self.down, self.up = config.projections(branch, shared, generator)
         # in a tuple, so that the model's own norm is not registered here a second time
         after = branch.after_residual
         self.norm = () if after is None else (after.module,)
@@ -145,10 +151,15 @@ class Bottleneck(Unit):
     def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError("refused by refuses_merge")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        shared: Any = getattr(self.down, "shared", ())
+        return next(t for module in (self, *shared) if module is not None for t in module.parameters()).dtype
+
     def update(self, z: torch.Tensor) -> torch.Tensor:
         """u without any residual: z (B, T, D) -> (B, T, D)."""
         config, given = self.config, z.dtype
-        z = z.to(self.down.weight.dtype)
+        z = z.to(self.dtype)
         u = self.norm_before(z) if config.ln_before else z
         u = self.up(self.act(self.down(u)))
         if self.training and config.stochastic_depth:

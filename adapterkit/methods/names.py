@@ -11,11 +11,14 @@ from pydantic import ValidationError
 from adapterkit.errors import ConfigError, Problem, did_you_mean, listing
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.bottleneck import BottleneckConfig
+from adapterkit.methods.compacter import CompacterConfig
 from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
 from adapterkit.methods.ia3 import IA3Config
+from adapterkit.methods.invertible import InvertibleConfig
 from adapterkit.methods.lora import LoRAConfig
 from adapterkit.methods.mtl_lora import MTLLoRAConfig
 from adapterkit.methods.reft import ReFTConfig
+from adapterkit.methods.union import UnionConfig, union
 from adapterkit.methods.vera import VeRAConfig
 
 # the parser of libyaml, where PyYAML was built with it, is ten times faster
@@ -31,7 +34,10 @@ METHODS: dict[str, type[MethodConfig]] = {
         DVoRAConfig,
         MTLLoRAConfig,
         BottleneckConfig,
+        CompacterConfig,
         ReFTConfig,
+        InvertibleConfig,
+        UnionConfig,
     )
 }
 
@@ -62,6 +68,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "stochastic_depth": 0.1,
         },
     ),
+    "compacter++": ("compacter", {"locations": ("mlp",)}),
+    "seq_bn_inv": ("union", {"configs": ("seq_bn", "invertible")}),
+    "double_seq_bn_inv": ("union", {"configs": ("double_seq_bn", "invertible")}),
     "loreft": ("reft", {}),
     "noreft": ("reft", {"orthogonal": False}),
     "direft": ("reft", {"orthogonal": False, "subtract_projection": False}),
@@ -85,7 +94,7 @@ def parse(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
     if isinstance(method, MethodConfig):
         return method
     if isinstance(method, str):
-        return _shorthand(method)
+        return union([_shorthand(part) for part in _split(method, "|")])
     if isinstance(method, Mapping):
         given = dict(method)
         return _make(str(given.pop("method", "")), given)
@@ -115,12 +124,12 @@ def _shorthand(text: str) -> MethodConfig:
     return _make(name, given)
 
 
-def _split(text: str) -> list[str]:
-    """Cut at commas that stand outside brackets."""
+def _split(text: str, mark: str = ",") -> list[str]:
+    """Cut at marks that stand outside brackets."""
     items, depth, start = [], 0, 0
     for at, letter in enumerate(text):
         depth += (letter in "[({") - (letter in "])}")
-        if letter == "," and not depth:
+        if letter == mark and not depth:
             items.append(text[start:at])
             start = at + 1
     return [item for item in (*items, text[start:]) if item.strip()]

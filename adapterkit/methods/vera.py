@@ -55,6 +55,8 @@ class SharedVeRA(Shared):
     They are parameters that are never trained, so that they follow the model's dtype and device.
     """
 
+    trained = False
+
     def __init__(
         self, rank: int, shapes: Sequence[tuple[int, int]], generator: torch.Generator | None
     ) -> None:

@@ -162,6 +162,9 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
         inner = Scope(spec, module.module, module.path, f"{scope.prefix}{name}/", scope.by_default and part.by_default)
         inside = _Gathered(found.draft, found.stacks, found.claimed, poolers=found.poolers)
         _resolve_scope(inner, inside)
+        for address, info in found.stacks.items():
+            if part.reads is not None and address.startswith(inner.prefix) and info.reads is None:
+                found.stacks[address] = replace(info, reads=part.reads)
         found.unsupported |= inside.unsupported
 
 

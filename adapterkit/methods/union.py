@@ -1,0 +1,102 @@
+"""Several methods in one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, SerializeAsAny, field_validator
+from torch import nn
+
+from adapterkit.errors import ConfigError, Problem
+from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit
+from adapterkit.methods.targets import Selection
+from adapterkit.model.blueprint import Blueprint, Slot
+
+
+class UnionConfig(MethodConfig):
+    """Several methods that are attached, saved and activated as one, such as MAM (He et al. 2022, arXiv:2110.04366)."""
+
+    method: ClassVar[str] = "union"
+
+    configs: tuple[SerializeAsAny[MethodConfig], ...] = Field(min_length=1, description="the methods, in order")
+
+    @field_validator("configs", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        from adapterkit.methods.names import parse  # the table of methods holds this class
+
+        return tuple(parse(item) for item in value) if isinstance(value, list | tuple) else value
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.method, "configs": [config.to_dict() for config in self.configs]}
+
+    def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
+        return self._together([list(config.available(blueprint).values()) for config in self.configs])
+
+    def select(self, blueprint: Blueprint) -> Selection:
+        chosen = [config.select(blueprint) for config in self.configs]
+        slots = self._together([list(selection.slots) for selection in chosen])
+        missing = [problem for selection in chosen for problem in selection.missing]
+        return Selection(tuple(slots.values()), tuple(missing))
+
+    def _together(self, groups: list[list[Slot]]) -> dict[str, Slot]:
+        """All slots under addresses that tell which member they are for: '0:encoder.1.mlp'."""
+        return {
+            f"{index}:{slot.address}": replace(slot, address=f"{index}:{slot.address}")
+            for index, group in enumerate(groups)
+            for slot in group
+        }
+
+    def members(self, slots: Sequence[Slot]) -> list[tuple[MethodConfig, list[Slot]]]:
+        """Each method with its own slots under their own addresses."""
+        groups: list[list[Slot]] = [[] for _ in self.configs]
+        for slot in slots:
+            index, _, address = slot.address.partition(":")
+            groups[int(index)].append(replace(slot, address=address))
+        return list(zip(self.configs, groups, strict=True))
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        for config, own in self.members(slots):
+            config.check(own)
+
+    def share(self, slots: Sequence[Slot], generator: torch.Generator | None) -> Shared | None:
+        found = {
+            str(index): shared
+            for index, (config, own) in enumerate(self.members(slots))
+            if (shared := config.share(own, generator)) is not None
+        }
+        return SharedUnion(found) if found else None
+
+    def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        index, _, address = slot.address.partition(":")
+        own: Any = shared.members[index] if isinstance(shared, SharedUnion) and index in shared.members else None
+        return self.configs[int(index)].build(replace(slot, address=address), own, generator)
+
+    def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
+        return [helper for config, own in self.members(slots) for helper in config.helpers(own, blueprint)]
+
+
+class SharedUnion(Shared):
+    """Shared tensors of the members that have some."""
+
+    def __init__(self, members: Mapping[str, Shared]) -> None:
+        super().__init__()
+        self.members = nn.ModuleDict(dict(members))
+
+    def requires_grad_(self, requires_grad: bool = True) -> SharedUnion:
+        for member in self.members.values():
+            member.requires_grad_(requires_grad and getattr(member, "trained", True))
+        return self
+
+
+def union(parts: Sequence[MethodConfig]) -> MethodConfig:
+    """One method as it is, several as their union.
+
+    Raises: ConfigError: there is none.
+    """
+    if not parts:
+        raise ConfigError(Problem("unknown-method", "a union needs at least one method"))
+    return parts[0] if len(parts) == 1 else UnionConfig(configs=tuple(parts))
