@@ -27,7 +27,7 @@ from typing import Any
 from tests.parity import weights
 
 COMPACT = Path(__file__).parent / "data"
-SPINE = re.compile(r"lora.*|ia3.*|vera.*|dora.*|dvora|merge_.*")
+SPINE = re.compile(r"lora.*|ia3.*|vera.*|dora.*|dvora|merge_.*|mtl_lora_single")
 """Cases of the LoRA family."""
 
 
