@@ -17,7 +17,7 @@ from adapterkit.errors import FileFormatError, Problem, listing
 from adapterkit.inject.site import CHILD
 
 MANIFEST = "manifest"
-NAME = re.compile(r"^[A-Za-z0-9_-]+$")
+NAME = re.compile(r"^[A-Za-z0-9_-]+\Z")
 
 
 def slug(name: str, address: str) -> str:
