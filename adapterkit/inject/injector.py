@@ -32,10 +32,8 @@ def device_of(host: nn.Module) -> torch.device:
 
 def dtype_of(host: nn.Module, model: nn.Module, policy: str | torch.dtype) -> torch.dtype:
     """Type of the units of a host: `match` is that of its weight, for quantised weights that of the model."""
-    if isinstance(policy, torch.dtype):
-        return policy
     if policy != "match":
-        named = getattr(torch, policy, None)
+        named = getattr(torch, policy, None) if isinstance(policy, str) else policy
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise PlanError(Problem("bad-dtype", f"{policy!r} is no floating-point type", expected="'match', 'float32', ..."))
         return named

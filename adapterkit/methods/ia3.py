@@ -37,6 +37,10 @@ class IA3Config(SlotConfig):
 
     def check(self, slots: Sequence[Slot]) -> None:
         problems = []
+        roles = {slot.role for slot in slots}
+        for role in sorted(self.sides.keys() - roles - {slot.address for slot in slots}):
+            message = f"sides names {role!r}, which is not among the targets"
+            problems.append(Problem("unknown-role", message, "sides", f"targets: {', '.join(sorted(roles))}"))
         for slot in slots:
             if slot.rows is not None and self.side(slot) == "input":
                 message = f"{slot.role} shares the input of {slot.path} with other roles"
