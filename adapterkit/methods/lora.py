@@ -81,6 +81,9 @@ class LoRAConfig(SlotConfig):
                     f"rank {self.rank(slot)} is not between 1 and {limit}, the smaller side of {slot.shape}"
                 )
                 problems.append(Problem("bad-rank", message, slot.address))
+            elif self.init in ("pissa", "olora") and self.scaling(slot) <= 0:
+                message = f"init={self.init!r} divides by the scale, which is {self.scaling(slot):g}"
+                problems.append(Problem("bad-option", message, slot.address, "alpha > 0"))
         if problems:
             raise ConfigError(problems)
 
