@@ -117,6 +117,8 @@ def _shorthand(text: str) -> MethodConfig:
             raise ConfigError(
                 Problem("bad-shorthand", f"{item!r} is not option=value", expected="such as 'lora[r=4]'")
             )
+        if key.strip() in given:
+            raise ConfigError(Problem("bad-shorthand", f"{key.strip()!r} is given twice"))
         try:
             given[key.strip()] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError:
@@ -163,9 +165,7 @@ def _problem(config: type[MethodConfig], item: Any) -> Problem:
         return Problem(
             "unknown-option", message, "", f"options: {listing(known, 30)}", did_you_mean(where, known)
         )
-    message = (
-        f"{config.method}: {item['input']!r} does not fit {where!r}"
-        if where
-        else f"{config.method}: {item['msg']}"
-    )
-    return Problem("bad-option", message, where, item["msg"].replace("Input should be", "expected"))
+    reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if not where:
+        return Problem("bad-option", f"{config.method}: {reason}")
+    return Problem("bad-option", f"{config.method}: {item['input']!r} does not fit {where!r}", where, reason)
