@@ -98,8 +98,8 @@ def _layer(blueprint: Blueprint, word: int | str) -> set[tuple[str, int]]:
             example = f"{next(iter(stacks))}.{word}"
             message = f"layer {word} is not clear: the model has the stacks {listing(stacks)}"
             raise PlanError(Problem("ambiguous-layer", message, str(word), f"an address such as {example!r}"))
-        name = next(iter(stacks))
-        return _layer(blueprint, f"{name}.{word if word >= 0 else stacks[name].num_layers + word}")
+        name, info = next(iter(stacks.items()))
+        return _layer(blueprint, f"{name}.{word + info.num_layers if -info.num_layers <= word < 0 else word}")
     name, _, number = word.rpartition(".")
     if word in blueprint.stacks:
         return {(word, i) for i in range(blueprint.stacks[word].num_layers)}
