@@ -9,6 +9,7 @@ The table itself is in rows.py, what a class is fed with in inputs.py.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,14 +31,22 @@ def model_class(row: str, cls: str | None = None) -> type[nn.Module]:
     name = cls or ROWS[row].classes[0]
     if name not in ROWS[row].classes:
         raise KeyError(f"row {row} has no class {name}")
-    return TinyClassifier if row == "custom" else getattr(transformers, name)
+    return TinyClassifier if row == "custom" else _imported(name)
+
+
+def _imported(name: str) -> Any:
+    """A class of transformers, None if this version has none of that name."""
+    with warnings.catch_warnings():
+        # said while DeBERTa of the oldest supported version is imported
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        return getattr(transformers, name, None)
 
 
 def classes(row: str) -> tuple[str, ...]:
     """The classes of the row that this version of transformers has, and has in working order."""
     here = Version(transformers.__version__)
     working = (cls for cls in ROWS[row].classes if here >= Version(WORKS_FROM.get(cls, "0")))
-    return tuple(cls for cls in working if row == "custom" or hasattr(transformers, cls))
+    return tuple(cls for cls in working if row == "custom" or _imported(cls) is not None)
 
 
 def can_generate(row: str, cls: str) -> bool:
