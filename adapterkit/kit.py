@@ -61,6 +61,7 @@ class Kit(Mapping[str, Adapter]):
         self._runtime = Runtime()
         self._top = entry.Top(self._runtime)
         self._active: str | None = None
+        self._skipped: Layers = ()
         self._originals: merging.Originals | None = None
         self._entries: dict[str, nn.Module] = {}
         self._hooks: list[Any] = []
@@ -204,7 +205,7 @@ class Kit(Mapping[str, Adapter]):
         except BaseException:
             if old is not None:
                 self._put(old)
-                self.activate(self._active)
+                self.activate(self._active, self._skipped)
             raise
         adapter.require_grad(trainable)
         if activate or self._active == plan.name:
@@ -270,7 +271,7 @@ class Kit(Mapping[str, Adapter]):
         """Make an adapter act in all threads, None: none; not in the layers that are skipped."""
         self._refuse_merged("activate")
         self._run(self._programs(setup, skip_layers))
-        self._active = setup
+        self._active, self._skipped = setup, skip_layers
 
     def _run(self, programs: Programs) -> None:
         """Let every site run its program."""
@@ -365,7 +366,7 @@ class Kit(Mapping[str, Adapter]):
         merging.restore(self.model, self._originals)
         self._originals = None
         self._adapters[name].merged = False
-        self.activate(self._active)
+        self.activate(self._active, self._skipped)
         return self
 
     def merge_and_detach(self, name: str) -> nn.Module:
@@ -395,12 +396,13 @@ class Kit(Mapping[str, Adapter]):
         adapter = self[name]
         if adapter.merged:
             self.unmerge()
+        self._refuse_merged("detach")
         if len(self._adapters) == 1:
             self._remove_all()
             return self.model
         self._take(adapter)
         del self._adapters[name]
-        self.activate(None if self._active == name else self._active)
+        self.activate(None if self._active == name else self._active, self._skipped)
         return self.model
 
     def _remove_all(self) -> None:
