@@ -1,4 +1,5 @@
-"""Declarative adapters for PyTorch and Hugging Face models: every method for every model, described by one YAML file.
+"""Declarative adapters for PyTorch and Hugging Face models: every method for every model, described by one
+YAML file.
 
 Names are loaded when they are first used: `import adapterkit` loads neither torch nor transformers.
 """
@@ -35,7 +36,7 @@ _HOMES = {
     "errors": "adapterkit.errors",
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "Adapter",
     "BottleneckConfig",
     "CompacterConfig",

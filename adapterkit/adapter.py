@@ -45,7 +45,10 @@ class Adapter:
 
     def named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Tensors that the adapter trains when it is trained."""
-        frozen = {*self.poolers, *(("shared",) if self.shared is not None and not self.shared.trained else ())}
+        frozen = {
+            *self.poolers,
+            *(("shared",) if self.shared is not None and not self.shared.trained else ()),
+        }
         for address, module in self.modules().items():
             if address not in frozen:
                 for name, parameter in module.named_parameters():

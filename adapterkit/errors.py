@@ -31,7 +31,9 @@ class Problem:
         return asdict(self)
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}: " if self.line else f"{self.file}: " if self.file else ""
+        place = (
+            f"{self.file}:{self.line}:{self.column}: " if self.line else f"{self.file}: " if self.file else ""
+        )
         head = f"{place}error[{self.code}]" + (f" {self.address}" if self.address else "")
         return "\n  ".join(line for line in (head, self.message, self.expected, self.hint) if line)
 

@@ -72,7 +72,13 @@ class Kit(Mapping[str, Adapter]):
         if name not in self._adapters:
             hint = did_you_mean(name, self._adapters)
             raise NotAttachedError(
-                Problem("no-such-adapter", f"there is no adapter {name!r}", "", f"attached: {listing(self._adapters)}", hint)
+                Problem(
+                    "no-such-adapter",
+                    f"there is no adapter {name!r}",
+                    "",
+                    f"attached: {listing(self._adapters)}",
+                    hint,
+                )
             )
         return self._adapters[name]
 
@@ -93,7 +99,9 @@ class Kit(Mapping[str, Adapter]):
 
     # -- attach, load, plan
 
-    def plan(self, method: Method, *, name: str = "default", strict: bool = True, head: Head_ = "auto") -> Plan:
+    def plan(
+        self, method: Method, *, name: str = "default", strict: bool = True, head: Head_ = "auto"
+    ) -> Plan:
         """What attach would do. Nothing is changed."""
         config = parse(method)
         selection = choose(self.blueprint, config, strict)
@@ -153,7 +161,9 @@ class Kit(Mapping[str, Adapter]):
         )
         if name is not None and len(contents) != 1:
             found = listing(content.name for content in contents)
-            raise ConfigError(Problem("several-adapters", f"the file holds {len(contents)} adapters: {found}", "name"))
+            raise ConfigError(
+                Problem("several-adapters", f"the file holds {len(contents)} adapters: {found}", "name")
+            )
         for content in contents:
             self._check_name(name or content.name, replace)
         for content in contents:
@@ -161,7 +171,9 @@ class Kit(Mapping[str, Adapter]):
         return self
 
     def _load(self, content: Content, name: str, activate: bool, trainable: bool, head: Head_) -> None:
-        selection = choose(self.blueprint, content.config, strict=False) if content.addresses is None else None
+        selection = (
+            choose(self.blueprint, content.config, strict=False) if content.addresses is None else None
+        )
         slots = selection.slots if selection else native.slots(self.blueprint, content)
         with torch.device("meta"):
             draft = build(content.config, slots, None)
@@ -221,7 +233,9 @@ class Kit(Mapping[str, Adapter]):
         hosts = {places[address]: module for address, module in modules.items()}
         helpers = adapter.config.helpers(adapter.plan.slots, self.blueprint)
         record = manifest.write(adapter.plan, self.blueprint)
-        adapter.injection = inject(self._runtime, adapter.name, hosts, adapter.shared, helpers, record, self._top)
+        adapter.injection = inject(
+            self._runtime, adapter.name, hosts, adapter.shared, helpers, record, self._top
+        )
         if ATTRIBUTE not in self.model.__dict__:
             try:
                 self._enter()
@@ -254,7 +268,9 @@ class Kit(Mapping[str, Adapter]):
 
     def _check_name(self, name: str, replace: bool) -> None:
         if not isinstance(name, str) or not NAME.match(name):
-            raise ConfigError(Problem("bad-name", f"{name!r} is no name of an adapter", "name", "letters, digits, '_', '-'"))
+            raise ConfigError(
+                Problem("bad-name", f"{name!r} is no name of an adapter", "name", "letters, digits, '_', '-'")
+            )
         if name in self._adapters and not replace:
             message = f"there already is an adapter {name!r}"
             raise ConfigError(Problem("name-taken", message, "name", "another name, or replace=True"))
@@ -312,7 +328,9 @@ class Kit(Mapping[str, Adapter]):
         if not (torch.is_grad_enabled() and self.model.training):
             return
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            message = "the model checkpoints its layers; they would run again in backward under another adapter"
+            message = (
+                "the model checkpoints its layers; they would run again in backward under another adapter"
+            )
             expected = "kit.activate(...) for training, or torch.no_grad() around the block"
             raise CompositionError(Problem("override-checkpointed", message, "using", expected))
 
@@ -331,7 +349,9 @@ class Kit(Mapping[str, Adapter]):
             adapter.require_grad(wanted)
         return self
 
-    def to(self, name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Kit:
+    def to(
+        self, name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Kit:
         """Move the tensors of one adapter."""
         for module in self[name].modules().values():
             module.to(device=device, dtype=dtype)
@@ -379,7 +399,9 @@ class Kit(Mapping[str, Adapter]):
         with torch.no_grad():
             for found in (*self.blueprint.heads, *self.blueprint.poolers):
                 copied = {**adapter.heads, **adapter.poolers}.get(found.address)
-                for own, new in zip(found.module.parameters(), copied.parameters() if copied else ()):
+                for own, new in zip(
+                    found.module.parameters(), copied.parameters() if copied else (), strict=bool(copied)
+                ):
                     own.copy_(new)
         adapter.merged = False
         self._originals = None

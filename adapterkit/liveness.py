@@ -1,4 +1,4 @@
-"""Which adapter tensors do anything: moved away from their start, each must get a gradient that is not zero."""
+"""Which adapter tensors do anything: moved away from their start, each must get a gradient."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ class Liveness:
         return not self.dead
 
     def problems(self) -> tuple[Problem, ...]:
-        return tuple(Problem("dead-tensor", "moves no output and gets no gradient", name) for name in self.dead)
+        return tuple(
+            Problem("dead-tensor", "moves no output and gets no gradient", name) for name in self.dead
+        )
 
     def __str__(self) -> str:
         if self.ok:
             return f"all {len(self.alive)} adapter tensors move the output"
-        return f"{len(self.dead)} of {len(self.alive) + len(self.dead)} adapter tensors are dead: {listing(self.dead)}"
+        total = len(self.alive) + len(self.dead)
+        return f"{len(self.dead)} of {total} adapter tensors are dead: {listing(self.dead)}"
 
 
 def outputs(result: Any) -> Iterator[torch.Tensor]:
@@ -67,7 +70,7 @@ def _moved(tensors: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def examine(model: nn.Module, tensors: dict[str, nn.Parameter], inputs: dict[str, Any]) -> Liveness:
-    """Run one forward and backward in eval mode and see which of `tensors` get a gradient that is not zero."""
+    """One forward and backward in eval mode: which of `tensors` get a gradient that is not zero."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -93,5 +93,3 @@ def restore(model: nn.Module, originals: Originals) -> None:
         host.weight.copy_(weight)  # type: ignore[operator]
         if bias is not None:
             host.bias.copy_(bias)  # type: ignore[operator]
-
-

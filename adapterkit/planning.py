@@ -35,7 +35,9 @@ class Plan:
     @property
     def counts(self) -> dict[str, int]:
         """Adapted slots by 'stack.sublayer.role'."""
-        return dict(Counter(f"{s.stack}.{s.sublayer}.{s.role}" if s.sublayer else s.address for s in self.slots))
+        return dict(
+            Counter(f"{s.stack}.{s.sublayer}.{s.role}" if s.sublayer else s.address for s in self.slots)
+        )
 
     @property
     def percent(self) -> float:
@@ -47,7 +49,9 @@ class Plan:
             "name": self.name,
             "config": self.config.to_dict(),
             "interface": self.interface,
-            "slots": {slot.address: {"path": slot.path, "shape": list(slot.shape or ())} for slot in self.slots},
+            "slots": {
+                slot.address: {"path": slot.path, "shape": list(slot.shape or ())} for slot in self.slots
+            },
             "counts": self.counts,
             "heads": [head.path for head in self.heads],
             "missing": [problem.to_dict() for problem in self.missing],
@@ -67,7 +71,9 @@ class Plan:
         return "\n".join([*rows, f"{total} ({self.percent:.2f} % of {self.base_parameters:,})"])
 
     def _shape(self, key: str) -> str:
-        shapes = {s.shape for s in self.slots if s.shape and key in (f"{s.stack}.{s.sublayer}.{s.role}", s.address)}
+        shapes = {
+            s.shape for s in self.slots if s.shape and key in (f"{s.stack}.{s.sublayer}.{s.role}", s.address)
+        }
         return " or ".join(f"{shape[1]} -> {shape[0]}" for shape in sorted(shapes))
 
     __repr__ = __str__
@@ -88,11 +94,14 @@ class Draft:
 def choose(blueprint: Blueprint, config: MethodConfig, strict: bool) -> Selection:
     """Slots for a method.
 
-    Raises: PlanError: the family says that it cannot have the method, or (if strict) something asked for is missing.
+    Raises: PlanError: the family says that it cannot have the method, or (if strict) something asked for is
+    missing.
     """
     reason = blueprint.unsupported.get(config.method)
     if reason is not None:
-        raise PlanError(Problem("unsupported", f"{blueprint.interface_name} has no {config.method}: {reason}"))
+        raise PlanError(
+            Problem("unsupported", f"{blueprint.interface_name} has no {config.method}: {reason}")
+        )
     selection = config.select(blueprint)
     if selection.missing and (strict or not selection.slots):
         raise PlanError(selection.missing)
@@ -107,10 +116,17 @@ def build(config: MethodConfig, slots: tuple[Slot, ...], generator: torch.Genera
 
 
 def describe(
-    blueprint: Blueprint, config: MethodConfig, name: str, selection: Selection, heads: tuple[Head, ...], draft: Draft
+    blueprint: Blueprint,
+    config: MethodConfig,
+    name: str,
+    selection: Selection,
+    heads: tuple[Head, ...],
+    draft: Draft,
 ) -> Plan:
     """The plan of units that were built."""
-    trained = sum(p.numel() for module in draft.modules().values() for p in module.parameters() if p.requires_grad)
+    trained = sum(
+        p.numel() for module in draft.modules().values() for p in module.parameters() if p.requires_grad
+    )
     return Plan(
         name=name,
         config=config,

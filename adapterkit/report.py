@@ -55,7 +55,11 @@ class Status:
 
 
 def status(
-    model: nn.Module, blueprint: Blueprint, adapters: Mapping[str, Adapter], active: str | None, merged: str | None
+    model: nn.Module,
+    blueprint: Blueprint,
+    adapters: Mapping[str, Adapter],
+    active: str | None,
+    merged: str | None,
 ) -> Status:
     """What is attached, active and trained."""
     rows = []
@@ -118,6 +122,15 @@ def html(found: Status) -> str:
     def row(cells: tuple[str, ...], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    head = f"<p>{escape.escape(f'{found.model} ({found.interface}), {found.base_parameters:,} parameters')}</p>"
+    head = (
+        f"<p>{escape.escape(f'{found.model} ({found.interface}), {found.base_parameters:,} parameters')}</p>"
+    )
     notes = "".join(f"<p>{escape.escape(note)}</p>" for note in found.notes)
-    return head + "<table>" + row(_COLUMNS, "th") + "".join(row(cells, "td") for cells in _cells(found)) + "</table>" + notes
+    return (
+        head
+        + "<table>"
+        + row(_COLUMNS, "th")
+        + "".join(row(cells, "td") for cells in _cells(found))
+        + "</table>"
+        + notes
+    )

@@ -1,4 +1,4 @@
-"""Which adapters act: a process-wide default and an override for one thread. Names and constants only, no tensors."""
+"""Which adapters act: a process-wide default and an override for one thread. Names only, no tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Program(NamedTuple):
     instead: str | None = None
     """Key of a module that is called in place of the host: a head of the adapter's own."""
     before: str | None = None
-    """Key of a unit that sees the first argument before the host is called at all, outside of what is checkpointed."""
+    """Key of a unit that sees the first argument before the host is called, outside what is checkpointed."""
 
 
 Programs = Mapping[str, Program]
@@ -25,10 +25,11 @@ Programs = Mapping[str, Program]
 
 
 class _Override(threading.local):
-    """Programs for this thread. `__init__` runs once in each thread, so that the attribute always is the instance's own:
+    """Programs for this thread. `__init__` runs once in each thread, so that the attribute always is the
+    instance's own:
 
-    a class attribute as default would be guarded by torch.compile in place of the missing instance attribute, and a
-    later override would be ignored without a word.
+    a class attribute as default would be guarded by torch.compile in place of the missing instance
+    attribute, and a later override would be ignored without a word.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Interleaved timing: every round times each contestant once, so that a noisy machine is noisy for all of them."""
+"""Interleaved timing: every round times each contestant once, so that noise hits all of them."""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def with_adapterkit(model: nn.Module) -> ak.Kit:
     return ak.attach(model, "lora[r=8]")
 
 
-def row(name: str, size: str, times: dict[str, Times], ratios: tuple[tuple[str, str], ...]) -> dict[str, object]:
+def row(
+    name: str, size: str, times: dict[str, Times], ratios: tuple[tuple[str, str], ...]
+) -> dict[str, object]:
     found: dict[str, object] = {"what": name, "size": size}
     for contestant, time in times.items():
         low, high = time.quartiles
@@ -109,7 +111,7 @@ def models(size: str) -> tuple[nn.Module, nn.Module, nn.Module, ak.Kit]:
 
 
 def forward(size: str, rounds: int) -> list[dict[str, object]]:
-    plain, ours, theirs, kit = models(size)
+    plain, ours, theirs, _ = models(size)
     batch, repeat = inputs(size), REPEATS[size]
     off = copy.deepcopy(ours)
     ak.of(off).activate(None)
@@ -126,7 +128,9 @@ def forward(size: str, rounds: int) -> list[dict[str, object]]:
         return synchronised(call)
 
     times = interleaved(
-        {"bare": run(plain), "adapterkit": run(ours), "peft": run(theirs), "disabled": run(off)}, rounds, repeat
+        {"bare": run(plain), "adapterkit": run(ours), "peft": run(theirs), "disabled": run(off)},
+        rounds,
+        repeat,
     )
     pairs = (("adapterkit", "bare"), ("adapterkit", "peft"), ("disabled", "bare"))
     return [row("forward", size, times, pairs)]
@@ -134,7 +138,7 @@ def forward(size: str, rounds: int) -> list[dict[str, object]]:
 
 def step(size: str, rounds: int) -> dict[str, object]:
     """Forward, backward and optimiser step."""
-    plain, ours, theirs, _ = models(size)
+    _, ours, theirs, _ = models(size)
     batch, repeat = inputs(size), REPEATS[size]
 
     def run(model: nn.Module) -> Callable[[], object]:
@@ -157,7 +161,7 @@ def step(size: str, rounds: int) -> dict[str, object]:
 
 
 def epilogue(rounds: int, width: int = 768, rank: int = 8) -> dict[str, object]:
-    """The q and v projections of one layer alone, with and without LoRA: what the update costs beside its host."""
+    """The q and v projections of one layer alone, with and without LoRA: what the update costs."""
     hosts = nn.ModuleList(nn.Linear(width, width) for _ in range(2)).to(device()).requires_grad_(False)
     plain, ours, theirs = (copy.deepcopy(hosts) for _ in range(3))
     spec = {
@@ -178,7 +182,9 @@ def epilogue(rounds: int, width: int = 768, rank: int = 8) -> dict[str, object]:
             self.layers = nn.ModuleList([layer])
 
     ak.attach(Pair(ours), ak.LoRAConfig(r=rank), interface=spec)
-    wrapped = get_peft_model(theirs, LoraConfig(r=rank, lora_alpha=rank, target_modules=["0", "1"])).base_model.model
+    wrapped = get_peft_model(
+        theirs, LoraConfig(r=rank, lora_alpha=rank, target_modules=["0", "1"])
+    ).base_model.model
     x = torch.randn(8, 128, width, device=device())
 
     def run(pair: nn.Module) -> Callable[[], object]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from adapterkit.cli import report
-from adapterkit.errors import SpecError, listing
-from adapterkit.methods.names import METHODS, parse
+from adapterkit.errors import ConfigError, SpecError, listing
+from adapterkit.methods.base import MethodConfig
+from adapterkit.methods.names import METHODS, PRESETS, parse
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Attention, Interface, Layer, Mlp, Stack
-from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES
+from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, SUBLAYERS
 
 
 def run(as_json: bool) -> None:
@@ -18,18 +21,33 @@ def run(as_json: bool) -> None:
     if as_json:
         report.as_json({"interfaces": rows})
         return
-    cells = [
-        (
-            row["name"],
-            ", ".join(row["model_types"]) or "-",
-            *("-" if no else "yes" for no in row["methods"].values()),
-        )
-        for row in rows
-    ]
-    report.table(("interface", "model types", *METHODS), cells)
-    reasons = {(why, row["name"]): None for row in rows for why in row["methods"].values() if why}
-    for why, name in reasons:
-        print(f"{name}: {why}")
+    cells = [(row["name"], ", ".join(row["model_types"]) or "-", _summary(row["methods"])) for row in rows]
+    report.table(("interface", "model types", "methods"), cells)
+    print(f"\nmethods: {', '.join(ready())}")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for method, why in row["methods"].items():
+            if why is not None:
+                reasons.setdefault((row["name"], why), []).append(method)
+    for (name, why), methods in reasons.items():
+        print(f"{name}: no {', '.join(methods)}: {why}")
+
+
+def _summary(methods: Mapping[str, str | None]) -> str:
+    lacking = [name for name, why in methods.items() if why is not None]
+    if not lacking:
+        return "all"
+    return "none" if len(lacking) == len(methods) else f"all but {listing(lacking, 6)}"
+
+
+@cache
+def ready() -> Mapping[str, MethodConfig]:
+    """Every method that needs no options, by name."""
+    found: dict[str, MethodConfig] = {}
+    for name in (*METHODS, *PRESETS):
+        with suppress(ConfigError):  # it cannot be without options
+            found[name] = parse(name)
+    return found
 
 
 def _row(entry: registry.Entry) -> dict[str, Any]:
@@ -39,30 +57,39 @@ def _row(entry: registry.Entry) -> dict[str, Any]:
         interface = registry.load(entry.path)
     except SpecError as error:
         why = f"{entry.path} has {len(error.problems)} problems: see `adapterkit check`"
-        return {**row, "model_types": [], "methods": dict.fromkeys(METHODS, why)}
-    methods = {name: refusal(interface, name) for name in METHODS}
+        return {**row, "model_types": [], "methods": dict.fromkeys(ready(), why)}
+    methods = {name: _unsupported(interface, name, config) for name, config in ready().items()}
     return {**row, "model_types": list(interface.model_type or ()), "methods": methods}
 
 
-def refusal(interface: Interface, method: str) -> str | None:
-    """Why a family cannot have a method with its default options, None if it can.
+def _unsupported(interface: Interface, name: str, config: MethodConfig) -> str | None:
+    return interface.unsupported.get(name) or refusal(interface, config)
 
-    A model made of models has what its parts have.
-    """
-    if method in interface.unsupported:
-        return interface.unsupported[method]
-    wanted = getattr(parse(method), "targets", ())
-    if wanted == "all" or interface.parts:
-        return None
+
+def refusal(interface: Interface, config: MethodConfig) -> str | None:
+    """Why a family cannot have a method, None if it can. A model made of models has what its parts have."""
+    if config.method in interface.unsupported:
+        return interface.unsupported[config.method]
+    for member in getattr(config, "configs", ()):
+        why = refusal(interface, member)
+        if why is not None:
+            return why
+    layers = [layer for stack in interface.stacks.values() for layer in _layers(stack)]
+    sublayers = {word for layer in layers for word in SUBLAYERS if getattr(layer, word) is not None}
     roles = {role for stack in interface.stacks.values() for role in _roles_of_stack(stack)}
-    lacking = [role for role in wanted if role.rpartition(".")[2] not in roles]
-    return f"it has no {listing(lacking)}" if lacking else None
+    wanted = getattr(config, "targets", ())
+    lacking = [role for role in wanted if role.rpartition(".")[2] not in roles] if wanted != "all" else []
+    lacking += [word for word in getattr(config, "locations", ()) if word not in sublayers]
+    return f"it has no {listing(lacking)}" if lacking and not interface.parts else None
+
+
+def _layers(stack: Stack) -> list[Layer]:
+    return [stack, *(stack.kinds.of.values() if stack.kinds else ())]
 
 
 def _roles_of_stack(stack: Stack) -> Iterator[str]:
     yield from stack.extra
-    layers: list[Layer] = [stack, *(stack.kinds.of.values() if stack.kinds else ())]
-    for layer in layers:
+    for layer in _layers(stack):
         for sublayer in (layer.attention, layer.cross_attention, layer.mlp):
             if sublayer is not None:
                 yield from _roles(sublayer)

@@ -10,16 +10,16 @@ from torch import nn
 
 from adapterkit.api import kit_for
 from adapterkit.cli import models, report
+from adapterkit.cli.families import ready
 from adapterkit.errors import ConfigError, PlanError
 from adapterkit.kit import Kit
-from adapterkit.methods.names import METHODS
 from adapterkit.model.blueprint import Blueprint
 
 
 def run(name: str, interface: str | None, as_json: bool) -> None:
     model = models.on_meta(name)
     kit = kit_for(model, interface)
-    methods = {method: _planned(kit, method) for method in METHODS}
+    methods = {method: _planned(kit, method) for method in ready()}
     total = sum(parameter.numel() for parameter in model.parameters())
     blueprint = kit.blueprint
     if as_json:

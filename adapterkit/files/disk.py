@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -25,7 +24,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FileFormatError(Problem("bad-file", f"cannot be read: {str(error)[:200]}", file=str(path))) from None
+        raise FileFormatError(
+            Problem("bad-file", f"cannot be read: {str(error)[:200]}", file=str(path))
+        ) from None
     if not isinstance(data, dict):
         raise FileFormatError(Problem("bad-file", "holds no JSON object", file=str(path)))
     return data
@@ -40,21 +41,30 @@ def read_tensors(path: Path, allow_bin: bool) -> dict[str, torch.Tensor]:
         try:
             return dict(load_file(path))
         except (OSError, SafetensorError, ValueError) as error:
-            raise FileFormatError(Problem("bad-file", f"cannot be read: {str(error)[:200]}", file=str(path))) from None
+            raise FileFormatError(
+                Problem("bad-file", f"cannot be read: {str(error)[:200]}", file=str(path))
+            ) from None
     if not allow_bin:
         message = "is a torch file, which may hold more than tensors"
-        raise FileFormatError(Problem("bin-file", message, file=str(path), expected="safetensors, or allow_bin=True"))
+        raise FileFormatError(
+            Problem("bin-file", message, file=str(path), expected="safetensors, or allow_bin=True")
+        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise FileFormatError(Problem("bad-file", f"cannot be read: {str(error)[:200]}", file=str(path))) from None
+        raise FileFormatError(
+            Problem("bad-file", f"cannot be read: {str(error)[:200]}", file=str(path))
+        ) from None
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise FileFormatError(Problem("bad-file", "holds something else than named tensors", file=str(path)))
     return found
 
 
-def write_directory(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], texts: Mapping[str, str]) -> Path:
-    """Write files to a temporary directory beside `directory`, then move them in place: weights first, config last.
+def write_directory(
+    directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], texts: Mapping[str, str]
+) -> Path:
+    """Write files to a temporary directory beside `directory`, then move them in place: weights first,
+    config last.
 
     Args: tensors: file name -> named tensors; texts: file name -> text.
     """
@@ -65,14 +75,16 @@ def write_directory(directory: Path, tensors: Mapping[str, Mapping[str, torch.Te
         work = Path(folder) / "new"
         work.mkdir()
         for name, named in tensors.items():
-            save_file({key: value.contiguous().cpu() for key, value in named.items()}, work / name, {"format": "pt"})
+            save_file(
+                {key: value.contiguous().cpu() for key, value in named.items()}, work / name, {"format": "pt"}
+            )
         for name, text in texts.items():
             (work / name).write_text(text, encoding="utf-8")
         if not directory.exists():
-            os.replace(work, directory)
+            work.replace(directory)
         else:
             for name in (*tensors, *texts):
-                os.replace(work / name, directory / name)
+                (work / name).replace(directory / name)
         shutil.rmtree(work, ignore_errors=True)
     return directory
 

@@ -1,4 +1,4 @@
-"""What is needed to take an adapter out of a full checkpoint, as one tensor that travels in the state dict."""
+"""What is needed to take an adapter out of a full checkpoint: one tensor that travels in the state dict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ FORMAT_VERSION = 1
 def describe(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
     """The part of a config that native files and manifests share."""
     spec = blueprint.interface
-    shipped = blueprint.interface_name in registry.interfaces() and registry.is_shipped(blueprint.interface_name)
+    shipped = blueprint.interface_name in registry.interfaces() and registry.is_shipped(
+        blueprint.interface_name
+    )
     return {
         "format": "adapterkit",
         "format_version": FORMAT_VERSION,
@@ -62,6 +64,8 @@ def read(buffer: torch.Tensor, file: str) -> dict[str, Any]:
     try:
         data = json.loads(from_buffer(buffer))
     except ValueError:
-        raise FileFormatError(Problem("bad-file", "the manifest of an adapter cannot be read", file=file)) from None
+        raise FileFormatError(
+            Problem("bad-file", "the manifest of an adapter cannot be read", file=file)
+        ) from None
     check_version(data, file)
     return dict(data)

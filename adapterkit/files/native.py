@@ -16,9 +16,9 @@ from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors, to_json, write_directory
 from adapterkit.inject.injector import device_of, dtype_of
 from adapterkit.methods.names import parse
+from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.planning import Draft, Plan, describe
-from adapterkit.methods.targets import Selection
 from adapterkit.versions import __version__, installed
 
 CONFIG = "adapter_config.json"
@@ -109,7 +109,9 @@ def slots(blueprint: Blueprint, content: Content) -> tuple[Slot, ...]:
         slot = available.get(address)
         if slot is None:
             hint = did_you_mean(address, available)
-            problems.append(Problem("no-such-slot", "this model has no such slot", address, "", hint, file=content.source))
+            problems.append(
+                Problem("no-such-slot", "this model has no such slot", address, "", hint, file=content.source)
+            )
         elif address in content.shapes and tuple(content.shapes[address]) != slot.shape:
             message = f"made for a slot of shape {content.shapes[address]}; here it is {slot.shape}"
             problems.append(Problem("other-shape", message, address, file=content.source))
@@ -130,11 +132,23 @@ def check_heads(blueprint: Blueprint, content: Content, head: bool | str) -> tup
         return ()
     here, there = {found.path for found in blueprint.heads}, set(content.heads)
     problems = [
-        Problem("head-missing", f"the model has a head {path!r} that the file lacks", path, _HEAD, file=content.source)
+        Problem(
+            "head-missing",
+            f"the model has a head {path!r} that the file lacks",
+            path,
+            _HEAD,
+            file=content.source,
+        )
         for path in sorted(here - there)
     ]
     problems += [
-        Problem("head-unknown", f"the file has a head {path!r} that the model lacks", path, _HEAD, file=content.source)
+        Problem(
+            "head-unknown",
+            f"the file has a head {path!r} that the model lacks",
+            path,
+            _HEAD,
+            file=content.source,
+        )
         for path in sorted(there - here)
     ]
     if problems:
@@ -146,7 +160,12 @@ _HEAD = "the class of model that the adapter was trained with, or head=False"
 
 
 def planned(
-    blueprint: Blueprint, content: Content, name: str, slots: tuple[Slot, ...], heads: tuple[Head, ...], draft: Draft
+    blueprint: Blueprint,
+    content: Content,
+    name: str,
+    slots: tuple[Slot, ...],
+    heads: tuple[Head, ...],
+    draft: Draft,
 ) -> Plan:
     """The plan of an adapter that comes from a file."""
     return describe(blueprint, content.config, name, Selection(slots, ()), heads, draft)
@@ -164,7 +183,9 @@ def fill(plan: Plan, draft: Draft, content: Content) -> None:
         for address, module in draft.modules().items()
         for key, value in module.state_dict(keep_vars=True).items()
     }
-    problems = _compare({key: tuple(value.shape) for key, (_, _, value) in wanted.items()}, content.tensors, content.source)
+    problems = _compare(
+        {key: tuple(value.shape) for key, (_, _, value) in wanted.items()}, content.tensors, content.source
+    )
     if problems:
         raise FileFormatError(problems)
     for address, module in draft.modules().items():
@@ -184,7 +205,9 @@ def _compare(
     problems = []
     for key in sorted(given.keys() - wanted.keys()):
         hint = did_you_mean(key, wanted)
-        problems.append(Problem("unknown-tensors", "the adapter has no such tensor", key, "", hint, file=source))
+        problems.append(
+            Problem("unknown-tensors", "the adapter has no such tensor", key, "", hint, file=source)
+        )
     for key in sorted(wanted.keys() - given.keys()):
         problems.append(Problem("missing-tensors", "the file lacks this tensor", key, file=source))
     for key in sorted(wanted.keys() & given.keys()):
@@ -204,7 +227,9 @@ def filled_head(module: nn.Module, head: Head, content: Content) -> nn.Module:
     problems = _compare(shapes, own, content.source)
     if problems:
         hint = f"heads here: {listing(f'{key} {shape}' for key, shape in shapes.items())}"
-        raise FileFormatError([*problems, Problem("head-shape", "the head does not fit", head.path, hint, _HEAD)])
+        raise FileFormatError(
+            [*problems, Problem("head-shape", "the head does not fit", head.path, hint, _HEAD)]
+        )
     module.load_state_dict(dict(own))
     return module
 
@@ -212,7 +237,8 @@ def filled_head(module: nn.Module, head: Head, content: Content) -> nn.Module:
 def filled_poolers(
     blueprint: Blueprint, content: Content, copy: Callable[[nn.Module], nn.Module]
 ) -> dict[Head, nn.Module]:
-    """Copies of the poolers whose tensors in the file differ from the model's: newly initialised ones come back.
+    """Copies of the poolers whose tensors in the file differ from the model's: newly initialised ones come
+    back.
 
     Raises: FileFormatError: the file has a pooler that the model lacks, or of another shape.
     """
@@ -221,7 +247,8 @@ def filled_poolers(
     if unknown:
         message = "the model has no such pooler"
         raise FileFormatError(
-            Problem("unknown-tensors", message, address, expected=_HEAD, file=content.source) for address in unknown
+            Problem("unknown-tensors", message, address, expected=_HEAD, file=content.source)
+            for address in unknown
         )
     for pooler in blueprint.poolers:
         given = content.poolers.get(pooler.address)

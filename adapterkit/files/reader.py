@@ -42,7 +42,9 @@ def locate(source: str | Path, revision: str | None, local_files_only: bool) -> 
     except Exception as error:
         # a missing repository, a missing revision, no network, an empty cache: one sentence says which
         first = str(error).strip().splitlines()
-        message = f"no directory, and no hub id that can be had: {first[0] if first else type(error).__name__}"
+        message = (
+            f"no directory, and no hub id that can be had: {first[0] if first else type(error).__name__}"
+        )
         raise FileFormatError(Problem("not-found", message, file=name)) from error
     return Path(found)
 
@@ -62,12 +64,16 @@ def kind(directory: Path) -> str:
         if adapterhub.recognises(data):
             return "adapterhub"
         known = "'format': 'adapterkit', or a config of AdapterHub or PEFT"
-        raise FileFormatError(Problem("unknown-format", "no format that is known", expected=known, file=str(config)))
+        raise FileFormatError(
+            Problem("unknown-format", "no format that is known", expected=known, file=str(config))
+        )
     if any((directory / name).is_file() for name in (*_CHECKPOINTS, _INDEX)):
         return "checkpoint"
     names = listing(sorted(entry.name for entry in directory.iterdir()))
     message = f"holds no {native.CONFIG} and no checkpoint"
-    raise FileFormatError(Problem("unknown-format", message, expected=f"files there: {names}", file=str(directory)))
+    raise FileFormatError(
+        Problem("unknown-format", message, expected=f"files there: {names}", file=str(directory))
+    )
 
 
 def read(
@@ -96,7 +102,9 @@ def _checkpoint_tensors(directory: Path, allow_bin: bool) -> dict[str, torch.Ten
         tensors: dict[str, torch.Tensor] = {}
         for name in files:
             if Path(name).name != name:
-                raise FileFormatError(Problem("bad-file", f"names a file elsewhere: {name!r}", file=str(index)))
+                raise FileFormatError(
+                    Problem("bad-file", f"names a file elsewhere: {name!r}", file=str(index))
+                )
             tensors |= read_tensors(directory / name, allow_bin)
         return tensors
     file = next(directory / name for name in _CHECKPOINTS if (directory / name).is_file())
@@ -119,15 +127,22 @@ def checkpoint(tensors: Mapping[str, torch.Tensor], source: str) -> list[Content
                     own[f"{address}.{part.removeprefix(f'{prefix}.')}"] = value
         contents.append(native.to_content(data, own, source))
     if not contents:
-        raise FileFormatError(Problem("no-adapter", "the checkpoint holds no adapter of adapterkit", file=source))
+        raise FileFormatError(
+            Problem("no-adapter", "the checkpoint holds no adapter of adapterkit", file=source)
+        )
     return contents
 
 
 def _addresses(data: Mapping[str, Any]) -> dict[str, str]:
-    """address -> what its tensors are called in a state dict."""
+    """Address -> what its tensors are called in a state dict."""
     from adapterkit.inject.state import slug
 
-    addresses = [*data["slots"], "shared", *(f"head.{path}" for path in data["heads"]), *data.get("poolers", ())]
+    addresses = [
+        *data["slots"],
+        "shared",
+        *(f"head.{path}" for path in data["heads"]),
+        *data.get("poolers", ()),
+    ]
     return {address: slug(str(data["name"]), address) for address in addresses}
 
 

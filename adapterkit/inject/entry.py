@@ -15,9 +15,9 @@ KEY = "input_grad"
 class InputGrad(nn.Module):
     """Let the stream require a gradient where it enters layers that are checkpointed the reentrant way.
 
-    Reentrant checkpointing runs a layer without autograd unless one of its inputs requires a gradient. With a frozen base
-    none does, and the adapters of the layer would silently never train. The first layer is the place, not the
-    embeddings: a model that is given `inputs_embeds` never calls those.
+    Reentrant checkpointing runs a layer without autograd unless one of its inputs requires a gradient. With
+    a frozen base none does, and the adapters of the layer would silently never train. The first layer is the
+    place, not the embeddings: a model that is given `inputs_embeds` never calls those.
     """
 
     def __init__(self, layers: tuple[nn.Module, ...]) -> None:
@@ -40,10 +40,11 @@ def _checkpoints_reentrantly(layer: nn.Module) -> bool:
 
 
 class Top:
-    """What a site is elsewhere, for the model itself: its class is never swapped, so it is told by a forward pre-hook.
+    """What a site is elsewhere, for the model itself: its class is never swapped, so it is told by a forward
+    pre-hook.
 
-    A hook that comes after the first compiled call would be ignored; every adapter that needs one also swaps a class
-    inside, which makes the compiler look again.
+    A hook that comes after the first compiled call would be ignored; every adapter that needs one also swaps
+    a class inside, which makes the compiler look again.
     """
 
     key = ""

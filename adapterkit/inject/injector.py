@@ -18,7 +18,7 @@ from adapterkit.runtime import Runtime
 
 
 def device_of(host: nn.Module) -> torch.device:
-    """Where the units of a host belong: with its weight, or where accelerate runs it if the weight is offloaded."""
+    """Where the units of a host belong: with its weight, or where accelerate runs it if that is offloaded."""
     tensor = next(host.parameters(recurse=False), None)
     if tensor is None:
         tensor = next(host.parameters(), None)
@@ -35,7 +35,11 @@ def dtype_of(host: nn.Module, model: nn.Module, policy: str | torch.dtype) -> to
     if policy != "match":
         named = getattr(torch, policy, None) if isinstance(policy, str) else policy
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise PlanError(Problem("bad-dtype", f"{policy!r} is no floating-point type", expected="'match', 'float32', ..."))
+            raise PlanError(
+                Problem(
+                    "bad-dtype", f"{policy!r} is no floating-point type", expected="'match', 'float32', ..."
+                )
+            )
         return named
     weight = host._parameters.get("weight")
     if weight is not None and weight.is_floating_point():

@@ -1,7 +1,7 @@
 """Adapter tensors in the state dict of the model: their keys, and checkpoints that are loaded into the model.
 
-A library may rename the path of a module when it saves, but not what follows `adapterkit.`; that part is unique in the
-model, so that a tensor finds its place by it alone.
+A library may rename the path of a module when it saves, but not what follows `adapterkit.`; that part is
+unique in the model, so that a tensor finds its place by it alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_manifest(part: str) -> bool:
 
 
 def own_tensors(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """suffix -> (key, tensor) of every adapter tensor in the model."""
+    """Suffix -> (key, tensor) of every adapter tensor in the model."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         parts = path.split(".")
@@ -49,13 +49,11 @@ def own_tensors(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
     return found
 
 
-def place_tensors(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
-) -> None:
+def place_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Load-state-dict pre-hook of the model: put adapter tensors where they belong, or refuse the checkpoint.
 
-    A checkpoint with no adapter tensor is one of the base model alone and leaves the adapters as they are. One that holds
-    some must hold exactly those that are attached, whatever `strict` says.
+    A checkpoint with no adapter tensor is one of the base model alone and leaves the adapters as they are.
+    One that holds some must hold exactly those that are attached, whatever `strict` says.
     Raises: FileFormatError.
     """
     given = {part: key for key in state_dict if key.startswith(prefix) and (part := suffix(key)) is not None}
@@ -79,12 +77,14 @@ def _compare(given: set[str], own: set[str]) -> None:
         ("missing-tensors", "lacks tensors of adapters that are attached", own - given),
     ):
         if parts:
-            problems.append(Problem(code, f"the checkpoint {what}: {listing(sorted(parts), 6)}", expected=_advice()))
+            problems.append(
+                Problem(code, f"the checkpoint {what}: {listing(sorted(parts), 6)}", expected=_advice())
+            )
     raise FileFormatError(problems)
 
 
 def _advice() -> str:
-    return "the same adapters attached, under the same names; or ak.load(model, checkpoint) to take them out of it"
+    return "the same adapters attached under the same names, or ak.load(model, checkpoint) to take them out"
 
 
 def to_buffer(text: str) -> torch.Tensor:

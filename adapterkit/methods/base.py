@@ -47,7 +47,7 @@ class Unit(nn.Module, ABC):
     def merged(
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight (D_out, D_in) and bias (D_out,) of the plain linear map that equals host and unit together."""
+        """Weight (D_out, D_in) and bias (D_out,) of the linear map that equals host and unit together."""
 
 
 class Shared(nn.Module):
@@ -133,7 +133,8 @@ class BranchConfig(MethodConfig):
     )
     leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
     branch: Literal["after_norm", "before_norm"] = Field(
-        default="after_norm", description="before or after the norm that some models have before the residual add"
+        default="after_norm",
+        description="before or after the norm that some models have before the residual add",
     )
 
     def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:

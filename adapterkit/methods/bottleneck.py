@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
-from adapterkit.methods.flow import base_forward, first, flow_of, with_first
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import BranchConfig, Shared, Unit
+from adapterkit.methods.flow import base_forward, first, flow_of, with_first
 from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.branches import Branch
@@ -22,7 +22,7 @@ Init = Literal["bert", "mam_adapter", "houlsby"]
 
 
 class BottleneckConfig(BranchConfig):
-    """Adapters with a bottleneck (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247)."""
+    """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247)."""
 
     method: ClassVar[str] = "bottleneck"
 
@@ -31,18 +31,27 @@ class BottleneckConfig(BranchConfig):
     )
     non_linearity: str = Field(default="relu", description="activation in the bottleneck")
     is_parallel: bool = Field(default=False, description="reads the residual and is added to the branch")
-    original_ln_before: bool = Field(default=False, description="reads branch + residual, normed where the model does")
+    original_ln_before: bool = Field(
+        default=False, description="reads branch + residual, normed where the model does"
+    )
     original_ln_after: bool = Field(default=True, description="the model's residual add and norm follow")
     residual_before_ln: bool | Literal["post_add"] = Field(
-        default=True, description="the adapter's own residual: the branch (true), what it reads (false), or branch + x"
+        default=True,
+        description="the adapter's own residual: the branch (true), what it reads (false), or branch + x",
     )
     adapter_residual_before_ln: bool = Field(default=False, description="own residual before ln_after")
     ln_before: bool = Field(default=False, description="a new norm before the bottleneck")
     ln_after: bool = Field(default=False, description="a new norm behind it")
-    scaling: float | Literal["learned", "channel"] = Field(default=1.0, description="factor of the bottleneck's output")
+    scaling: float | Literal["learned", "channel"] = Field(
+        default=1.0, description="factor of the bottleneck's output"
+    )
     use_gating: bool = Field(default=False, description="a learned gate for each example (UniPELT)")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the bottleneck's output, in training")
-    stochastic_depth: float = Field(default=0.0, ge=0, le=1, description="chance to leave it out for an example, in training")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout on the bottleneck's output, in training"
+    )
+    stochastic_depth: float = Field(
+        default=0.0, ge=0, le=1, description="chance to leave it out for an example, in training"
+    )
     init_weights: Init = Field(default="bert", description="how the matrices start")
 
     def model_post_init(self, context: Any) -> None:
@@ -62,7 +71,9 @@ class BottleneckConfig(BranchConfig):
         problems = []
         for branch in slots:
             if isinstance(branch, Branch) and branch.parallel and not (self.original_ln_after or self.exact):
-                message = "leaves out the residual add, but the branches of this layer are added together in one"
+                message = (
+                    "leaves out the residual add, but the branches of this layer are added together in one"
+                )
                 problems.append(Problem("no-own-sum", message, branch.address, "original_ln_after=True"))
         if problems:
             raise PlanError(problems)
@@ -78,8 +89,10 @@ class BottleneckConfig(BranchConfig):
 
     @property
     def exact(self) -> bool:
-        """Without the model's residual add the result still holds branch + x, so that only the rest need be given."""
-        own = self.residual_before_ln == "post_add" or (not self.residual_before_ln and self.original_ln_before)
+        """The result holds branch + x by itself, so that the model's own residual add can stay."""
+        own = self.residual_before_ln == "post_add" or (
+            not self.residual_before_ln and self.original_ln_before
+        )
         return own and not self.is_parallel and not self.ln_after
 
     def build(self, branch: Branch, shared: Shared | None, generator: torch.Generator | None) -> Unit:
@@ -108,10 +121,11 @@ class BottleneckConfig(BranchConfig):
 class Bottleneck(Unit):
     """u = s * up(act(down(LN(z)))) with a residual, at one branch h of the residual stream x.
 
-    Sequential: z is h, or h + x (through the model's own norm in post-norm models) with `original_ln_before`; the adapter's
-    residual r is h, z or h + x. Parallel: z is x, and the result is h + u.
-    Source: Houlsby et al. 2019, fig. 2; He et al. 2022, arXiv:2110.04366, table 1 (parallel, scaled); Steitz and Roth
-    2024, arXiv:2406.06820 (`scaling="channel"`, post-adapter).
+    Sequential: z is h, or h + x (through the model's own norm in post-norm models) with
+    `original_ln_before`; the adapter's residual r is h, z or h + x. Parallel: z is x, and the result is h +
+    u.
+    Source: Houlsby et al. 2019, fig. 2; He et al. 2022, arXiv:2110.04366, table 1 (parallel, scaled); Steitz
+    and Roth 2024, arXiv:2406.06820 (`scaling="channel"`, post-adapter).
     Shapes: h, x (B, T, D) -> (B, T, D).
     """
 
@@ -132,7 +146,7 @@ class Bottleneck(Unit):
         self.down, self.up = config.projections(branch, shared, generator)
         # in a tuple, so that the model's own norm is not registered here a second time
         after = branch.after_residual
-        self.norm = () if after is None else (after.module,)
+        self.norm: tuple[nn.Module, ...] = () if after is None else (after.module,)
         self.norm_forward = None if after is None else base_forward(after.module)
         if config.ln_before:
             self.norm_before = nn.LayerNorm(d_model)
@@ -148,16 +162,19 @@ class Bottleneck(Unit):
     def refuses_merge(self) -> str | None:
         return "a bottleneck is no change of a weight"
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError("refused by refuses_merge")
 
     @property
     def dtype(self) -> torch.dtype:
         shared: Any = getattr(self.down, "shared", ())
-        return next(t for module in (self, *shared) if module is not None for t in module.parameters()).dtype
+        tensors = (t for module in (self, *shared) if module is not None for t in module.parameters())
+        return next(tensors).dtype
 
     def update(self, z: torch.Tensor) -> torch.Tensor:
-        """u without any residual: z (B, T, D) -> (B, T, D)."""
+        """U without any residual: z (B, T, D) -> (B, T, D)."""
         config, given = self.config, z.dtype
         z = z.to(self.dtype)
         u = self.norm_before(z) if config.ln_before else z
@@ -184,7 +201,9 @@ class Bottleneck(Unit):
             return with_first(out, self.sequential(h, h))
         residual = flow[self.branch]
         if config.original_ln_after:
-            return with_first(out, self.parallel(h, residual) if config.is_parallel else self.sequential(h, residual))
+            return with_first(
+                out, self.parallel(h, residual) if config.is_parallel else self.sequential(h, residual)
+            )
         if self.norm_forward is None and config.exact:
             return with_first(out, h + self.update(h + residual if config.original_ln_before else h))
         result = self.parallel(h, residual) if config.is_parallel else self.sequential(h, residual)
@@ -211,4 +230,6 @@ class Bottleneck(Unit):
         u = self.update(z)
         if not config.ln_after:
             return u + residual
-        return self.norm_after(u + residual) if config.adapter_residual_before_ln else self.norm_after(u) + residual
+        inside = config.adapter_residual_before_ln
+        normed: torch.Tensor = self.norm_after(u + residual if inside else u)
+        return normed if inside else normed + residual

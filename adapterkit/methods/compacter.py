@@ -32,7 +32,9 @@ class CompacterConfig(BottleneckConfig):
     factorized_phm_rule: bool = Field(default=False, description="rules of rank 1")
     shared_W_phm: bool = Field(default=False, description="one set of factors for the whole model")  # noqa: N815
     factorized_phm_W: bool = Field(default=True, description="factors of rank `phm_rank`")  # noqa: N815
-    phm_init_range: float = Field(default=0.0001, gt=0, description="standard deviation of the rules at first")
+    phm_init_range: float = Field(
+        default=0.0001, gt=0, description="standard deviation of the rules at first"
+    )
 
     def check(self, slots: Sequence[Slot]) -> None:
         super().check(slots)
@@ -42,7 +44,9 @@ class CompacterConfig(BottleneckConfig):
                 for width in ((slot.shape or (1, 1))[0], self.width(slot)):
                     if width % self.phm_dim:
                         message = f"width {width} is not divisible by phm_dim {self.phm_dim}"
-                        problems.append(Problem("bad-width", message, slot.address, "another reduction_factor or phm_dim"))
+                        problems.append(
+                            Problem("bad-width", message, slot.address, "another reduction_factor or phm_dim")
+                        )
         if self.shared_W_phm and len({(s.shape, self.width(s)) for s in slots if isinstance(s, Branch)}) > 1:
             message = "shared_W_phm needs the same widths at every branch"
             problems.append(Problem("bad-width", message, expected="shared_W_phm=False"))
@@ -62,8 +66,8 @@ class CompacterConfig(BottleneckConfig):
         d_model, width = (branch.shape or (1, 1))[0], self.width(branch)
         own = shared if isinstance(shared, SharedPHM) else None
         return (
-            PHMLinear(d_model, width, self, own and own.rule, own and own.down, generator),
-            PHMLinear(width, d_model, self, own and own.rule, own and own.up, generator),
+            PHMLinear(d_model, width, self, own.rule if own else None, own.down if own else None, generator),
+            PHMLinear(width, d_model, self, own.rule if own else None, own.up if own else None, generator),
         )
 
 
@@ -73,7 +77,9 @@ class Rule(nn.Module):
     def __init__(self, config: CompacterConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         n = config.phm_dim
-        shapes = {"left": (n, n, 1), "right": (n, 1, n)} if config.factorized_phm_rule else {"rule": (n, n, n)}
+        shapes = (
+            {"left": (n, n, 1), "right": (n, 1, n)} if config.factorized_phm_rule else {"rule": (n, n, n)}
+        )
         for name, shape in shapes.items():
             tensor = torch.empty(shape).normal_(std=config.phm_init_range, generator=generator)
             self.register_parameter(name, nn.Parameter(tensor))
@@ -86,14 +92,18 @@ class Rule(nn.Module):
 class Factors(nn.Module):
     """The n factors W_i (n, D_in / n, D_out / n), or their factors of rank `phm_rank`."""
 
-    def __init__(self, d_in: int, d_out: int, config: CompacterConfig, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, config: CompacterConfig, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
         n, rank = config.phm_dim, config.phm_rank
         whole = (n, d_in // n, d_out // n)
         split = {"left": (n, d_in // n, rank), "right": (n, rank, d_out // n)}
         for name, shape in (split if config.factorized_phm_W else {"W": whole}).items():
             bound = (6 / (shape[1] + shape[2])) ** 0.5  # Glorot and Bengio 2010, for each of the n matrices
-            self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator)))
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+            )
 
     def forward(self) -> torch.Tensor:
         found: Any = self._parameters
@@ -141,7 +151,7 @@ class PHMLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """H transposed: (D_out, D_in), as in nn.Linear."""
         rule, factors = (self.shared[0] or self.rule)(), (self.shared[1] or self.factors)()
-        return torch.einsum("iac,ipq->cqap", rule, factors).flatten(2, 3).flatten(0, 1)  # type: ignore[no-any-return]
+        return torch.einsum("iac,ipq->cqap", rule, factors).flatten(2, 3).flatten(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)

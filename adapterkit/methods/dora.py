@@ -56,8 +56,9 @@ class DVoRAConfig(VeRAConfig):
 class _Magnitude(Unit):
     """The part that DoRA and DVoRA have in common.
 
-    y = g * (W x + D x) + b with g = m / ||W + D||, the norm of each row over the inputs; D is the low-rank update. The norm
-    is a constant in the backward pass (section 4.3). m starts at ||W||, so that g is exactly 1 at first.
+    y = g * (W x + D x) + b with g = m / ||W + D||, the norm of each row over the inputs; D is the low-rank
+    update. The norm is a constant in the backward pass (section 4.3). m starts at ||W||, so that g is
+    exactly 1 at first.
     """
 
     rows: Rows | None

@@ -1,6 +1,8 @@
-"""What passes between the points of a branch in one forward pass: the residual, and what replaces a norm's output.
+"""What passes between the points of a branch in one forward pass: the residual, and what replaces a norm's
+output.
 
-It lives with the thread and not at the modules, so that threads which share a model do not see each other's tensors.
+It lives with the thread and not at the modules, so that threads which share a model do not see each other's
+tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def flow_of(host: nn.Module) -> Flow:
 
 def first(out: Any) -> torch.Tensor:
     """The tensor that a module gives to the stream: its first output."""
-    return out[0] if isinstance(out, tuple) else out
+    found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return found
 
 
 def with_first(out: Any, value: torch.Tensor) -> Any:
@@ -120,7 +123,7 @@ class EntryInfo(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = given_arguments(module, args, kwargs)
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         flow[f"{self.stack}.mask"] = given.get(self.mask) if self.mask else None
         flow[f"{self.stack}.past"] = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         return args, kwargs

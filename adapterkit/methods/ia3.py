@@ -25,7 +25,7 @@ class IA3Config(SlotConfig):
     alpha: float = Field(default=1.0, description="constant factor beside the learned ones")
     sides: dict[str, Literal["input", "output"]] = Field(
         default_factory=dict,
-        description="what is scaled at a role or address, where it is not the paper's choice: the input of down, else the output",
+        description="what is scaled, by role or address; the paper's choice: the input of down, else the output",
     )
     gating: bool = Field(default=False, description="a learned gate in place of alpha; not in the paper")
 
@@ -105,7 +105,8 @@ class ScaleOutput(_Scale):
     def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         factor = self.factor(x)
         if self.rows is not None:
-            # ones for the rows of the other roles: the product needs its old input, so a view cannot be written
+            # ones for the rows of the other roles: the product needs its old input, so a view cannot be
+            # written
             whole = factor.new_ones((*factor.shape[:-1], self.rows.groups * self.rows.width))
             self.rows.view(whole).copy_(factor.unflatten(-1, (self.rows.groups, self.rows.length)))
             factor = whole

@@ -25,7 +25,9 @@ class InvertibleConfig(MethodConfig):
     method: ClassVar[str] = "invertible"
 
     coupling: Literal["nice", "glow"] = Field(default="nice", description="additive or affine coupling")
-    reduction_factor: float = Field(default=2, gt=0, description="half the width / width of the coupling's hidden layer")
+    reduction_factor: float = Field(
+        default=2, gt=0, description="half the width / width of the coupling's hidden layer"
+    )
     non_linearity: str = Field(default="relu", description="activation in the coupling")
     inverse: bool | None = Field(
         default=None, description="undo it before the output embeddings; None: where the class has them"
@@ -49,14 +51,18 @@ class InvertibleConfig(MethodConfig):
         slots = {a: s for a, s in named.items() if s.stack not in read} or named
         if not slots:
             message = f"no stack of this model has embeddings that are named ({blueprint.interface_name})"
-            raise PlanError(Problem("no-embeddings", message, expected="an interface that says 'embeddings: {out: ...}'"))
+            raise PlanError(
+                Problem("no-embeddings", message, expected="an interface that says 'embeddings: {out: ...}'")
+            )
         if self.inverse is False:
             return Selection.of(list(slots.values()))
         first = next(iter(slots.values())).stack
         ends = {a: s for a, s in unembed_slots(blueprint).items() if s.stack == first}
         if self.inverse and not ends:
             message = "the class has no output embeddings before which the adapter could be undone"
-            raise PlanError(Problem("no-unembedding", message, expected="a language-model class, or inverse=False"))
+            raise PlanError(
+                Problem("no-unembedding", message, expected="a language-model class, or inverse=False")
+            )
         for address, end in ends.items():
             start = slots[f"{end.stack}.embeddings"]
             if start.shape != end.shape:
@@ -82,7 +88,9 @@ def _width(slot: Slot) -> int:
 class Couplings(Shared):
     """The bijection of each stack, used at both its ends."""
 
-    def __init__(self, slots: Sequence[Slot], config: InvertibleConfig, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], config: InvertibleConfig, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
         kind = Nice if config.coupling == "nice" else Glow
         self.stacks = nn.ModuleDict({_key(s.stack): kind(_width(s), config, generator) for s in slots})
@@ -118,7 +126,9 @@ class Coupling(nn.Module):
 class SubNet(nn.Module):
     """One hidden layer between halves of the channels. Shapes: (..., D/2) -> (..., outputs)."""
 
-    def __init__(self, d_in: int, hidden: int, d_out: int, act: Any, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, d_in: int, hidden: int, d_out: int, act: Any, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
         self.down, self.up, self.act = nn.Linear(d_in, hidden), nn.Linear(hidden, d_out), act
         with torch.no_grad():
@@ -133,7 +143,8 @@ class SubNet(nn.Module):
 class Nice(Coupling):
     """y1 = x1 + F(x2), y2 = x2 + G(y1).
 
-    Source: Dinh et al. 2015, arXiv:1410.8516, eq. 4; as used by Pfeiffer et al. 2020, arXiv:2005.00052, section 3.3.
+    Source: Dinh et al. 2015, arXiv:1410.8516, eq. 4; as used by Pfeiffer et al. 2020, arXiv:2005.00052,
+    section 3.3.
     Shapes: (..., D) -> (..., D).
     """
 
@@ -151,8 +162,8 @@ class Nice(Coupling):
 class Glow(Coupling):
     """y1 = e(s) * x1 + t with (s, t) = F(x2); y2 = e(s') * x2 + t' with (s', t') = G(y1).
 
-    Source: Kingma and Dhariwal 2018, arXiv:1807.03039, table 1; the log scale is softly clamped to +-5 by an arctangent, as
-    in the authors of MAD-X's framework.
+    Source: Kingma and Dhariwal 2018, arXiv:1807.03039, table 1; the log scale is softly clamped to +-5 by an
+    arctangent, as in the authors of MAD-X's framework.
     Shapes: (..., D) -> (..., D).
     """
 
@@ -191,7 +202,9 @@ class _End(Unit):
     def refuses_merge(self) -> str | None:
         return "a bijection of embeddings is no change of a weight"
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError("refused by refuses_merge")
 
     @property

@@ -19,7 +19,7 @@ from adapterkit.model.layouts import Rows
 
 
 def add_rows(out: torch.Tensor, delta: torch.Tensor, rows: Rows | None, in_place: bool) -> torch.Tensor:
-    """out (..., D) plus delta (..., rows.total) in the rows of a role; all rows if `rows` is None."""
+    """Out (..., D) plus delta (..., rows.total) in the rows of a role; all rows if `rows` is None."""
     delta = delta.to(out.dtype)
     if rows is None:
         return out + delta
@@ -30,7 +30,7 @@ def add_rows(out: torch.Tensor, delta: torch.Tensor, rows: Rows | None, in_place
 
 
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator | None) -> nn.Parameter:
-    """Kaiming-uniform with a = sqrt(5), as nn.Linear and loralib start: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """Kaiming-uniform with a = sqrt(5), as in nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
 
@@ -94,10 +94,12 @@ class LoRAConfig(SlotConfig):
 class LoRA(Unit):
     """Low-rank update of one linear map: y = W x + b + s B A x, s = alpha / R.
 
-    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3. B starts at zero, so the output is unchanged at first. Differs from
-    the paper: A is Kaiming-uniform, not Gaussian, as in the authors' code (`init="gaussian"` is the paper's).
-    PiSSA (Meng et al. 2024, arXiv:2404.02948, eq. 2-4) and OLoRA (arXiv:2406.01775) start A and B at the principal part
-    of W and train that part: y = W x + b + s (B A - B0 A0) x with frozen B0 A0, so that W itself is never written.
+    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3. B starts at zero, so the output is unchanged at first.
+    Differs from the paper: A is Kaiming-uniform, not Gaussian, as in the authors' code (the paper's is
+    `init="gaussian"`).
+    PiSSA (Meng et al. 2024, arXiv:2404.02948, eq. 2-4) and OLoRA (arXiv:2406.01775) start A and B at the
+    principal part of W and train that part: y = W x + b + s (B A - B0 A0) x with frozen B0 A0, so that W
+    itself is never written.
     Shapes: x (..., D_in) -> (..., D_out); A (R, D_in), B (D_out, R).
     """
 
@@ -122,7 +124,7 @@ class LoRA(Unit):
             self.gate = Gate(d_in, generator)
 
     def _principal(self, weight: torch.Tensor, rank: int, init: str) -> None:
-        """Start at the principal part of W: s B A is its best rank-R part (PiSSA) or its first R columns of Q (OLoRA)."""
+        """Start at a part of W: s B A is its best rank-R part (PiSSA) or that of R columns of Q (OLoRA)."""
         root = math.sqrt(self.scaling)
         with torch.no_grad():
             if init == "pissa":
@@ -139,7 +141,7 @@ class LoRA(Unit):
         self.register_buffer("B0", self.B.detach().clone())
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
-        """s (B A - B0 A0) x without the gate: (..., D_in) -> (..., D_out)."""
+        """S (B A - B0 A0) x without the gate: (..., D_in) -> (..., D_out)."""
         delta = F.linear(F.linear(x, self.A), self.B)
         if self.A0 is not None and self.B0 is not None:
             delta = delta - F.linear(F.linear(x, self.A0), self.B0)

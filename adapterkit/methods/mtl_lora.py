@@ -37,8 +37,8 @@ class MTLLoRAConfig(LoRAConfig):
 class MTLLoRA(Unit):
     """y = W x + b + s sum_k softmax(w / tau)_k B_k L A x.
 
-    Source: Yang et al. 2024, arXiv:2410.09437, eq. 4-6; L (the task's own R x R matrix) starts at the identity, every B_k
-    at zero, so the output is unchanged at first.
+    Source: Yang et al. 2024, arXiv:2410.09437, eq. 4-6; L (the task's own R x R matrix) starts at the
+    identity, every B_k at zero, so the output is unchanged at first.
     Shapes: x (..., D_in) -> (..., D_out); A (R, D_in), B (K, D_out, R), L (R,) or (R, R), w (K,).
     """
 

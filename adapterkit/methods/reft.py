@@ -28,7 +28,9 @@ class ReFTConfig(MethodConfig):
     prefix_positions: int = Field(default=3, ge=0, description="edited positions from the first token on")
     suffix_positions: int = Field(default=0, ge=0, description="edited positions up to the last token")
     orthogonal: bool = Field(default=True, description="the rows of R are orthonormal (LoReFT)")
-    subtract_projection: bool = Field(default=True, description="the present state in the subspace is taken out")
+    subtract_projection: bool = Field(
+        default=True, description="the present state in the subspace is taken out"
+    )
     tied_weights: bool = Field(default=False, description="one intervention for prefix and suffix")
     non_linearity: str | None = Field(default=None, description="activation of the learned source")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on the result, in training")
@@ -72,8 +74,8 @@ class ReFTConfig(MethodConfig):
 class Intervention(nn.Module):
     """h + R^T (act(W h + b) - R h), edited in a subspace of R dimensions.
 
-    Source: Wu et al. 2024, arXiv:2404.03592, eq. 2 (LoReFT: orthonormal R); NoReFT lets R be any matrix, DiReFT (eq. 3)
-    also leaves out R h.
+    Source: Wu et al. 2024, arXiv:2404.03592, eq. 2 (LoReFT: orthonormal R); NoReFT lets R be any matrix,
+    DiReFT (eq. 3) also leaves out R h.
     Shapes: h (..., D) -> (..., D); R `projection` (R, D), W and b `source` (R, D), (R,).
     """
 
@@ -92,13 +94,15 @@ class Intervention(nn.Module):
                 nn.init.orthogonal_(self.projection, generator=generator)
 
     def rows(self) -> torch.Tensor:
-        """R (R, D). Where its rows are orthonormal, they are those of the QR decomposition of `projection`, signs kept: a
-        plain tensor that can be pickled, averaged and loaded, and that is R itself when its rows are orthonormal already.
+        """R (R, D). Where its rows are orthonormal, they are those of the QR decomposition of `projection`,
+        signs kept: a plain tensor that can be pickled, averaged and loaded, and that is R itself when its
+        rows are orthonormal already.
         """
         if not self.orthogonal:
             return self.projection
         q, r = torch.linalg.qr(self.projection.float().t())
-        return (q * r.diagonal().sign().detach()).t().to(self.projection.dtype)
+        rows: torch.Tensor = (q * r.diagonal().sign().detach()).t()
+        return rows.to(self.projection.dtype)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         rows = self.rows()
@@ -112,8 +116,9 @@ class Intervention(nn.Module):
 class ReFT(Unit):
     """Edit the first and last positions of every example behind one layer.
 
-    Positions are counted by the stack's own mask, from its first one on; padding is never edited. Under a cache only the
-    first step is edited, since its positions are those of the prompt. Where both overlap, the suffix is taken.
+    Positions are counted by the stack's own mask, from its first one on; padding is never edited. Under a
+    cache only the first step is edited, since its positions are those of the prompt. Where both overlap, the
+    suffix is taken.
     Shapes: h (B, T, D) -> (B, T, D).
     """
 
@@ -132,7 +137,9 @@ class ReFT(Unit):
     def refuses_merge(self) -> str | None:
         return "an intervention on states is no change of a weight"
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError("refused by refuses_merge")
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:

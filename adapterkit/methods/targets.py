@@ -69,13 +69,18 @@ def select_branches(
             slot
             for slot in found.values()
             if location == slot.address
-            or (slot.sublayer == sublayer and (stack == slot.stack or (not stack and _by_default(blueprint, slot))))
+            or (
+                slot.sublayer == sublayer
+                and (stack == slot.stack or (not stack and _by_default(blueprint, slot)))
+            )
         ]
         if not matching:
             known = sorted({str(slot.sublayer) for slot in found.values()})
             message = f"this model has no branch {location!r} ({blueprint.interface_name})"
             expected = f"branches here: {listing(known)}"
-            problems.append(Problem("no-such-branch", message, location, expected, did_you_mean(location, known)))
+            problems.append(
+                Problem("no-such-branch", message, location, expected, did_you_mean(location, known))
+            )
         chosen |= {slot.address for slot in matching if (slot.stack, slot.layer) in kept}
     return Selection.of([slot for slot in found.values() if slot.address in chosen], problems)
 

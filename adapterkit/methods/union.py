@@ -17,11 +17,13 @@ from adapterkit.model.blueprint import Blueprint, Slot
 
 
 class UnionConfig(MethodConfig):
-    """Several methods that are attached, saved and activated as one, such as MAM (He et al. 2022, arXiv:2110.04366)."""
+    """Several methods attached, saved and activated as one; MAM is one (He et al. 2022, arXiv:2110.04366)."""
 
     method: ClassVar[str] = "union"
 
-    configs: tuple[SerializeAsAny[MethodConfig], ...] = Field(min_length=1, description="the methods, in order")
+    configs: tuple[SerializeAsAny[MethodConfig], ...] = Field(
+        min_length=1, description="the methods, in order"
+    )
 
     @field_validator("configs", mode="before")
     @classmethod
@@ -72,7 +74,9 @@ class UnionConfig(MethodConfig):
 
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         index, _, address = slot.address.partition(":")
-        own: Any = shared.members[index] if isinstance(shared, SharedUnion) and index in shared.members else None
+        own: Any = (
+            shared.members[index] if isinstance(shared, SharedUnion) and index in shared.members else None
+        )
         return self.configs[int(index)].build(replace(slot, address=address), own, generator)
 
     def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:

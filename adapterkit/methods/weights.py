@@ -37,7 +37,8 @@ def slot_bias(host: nn.Module, rows: Rows | None) -> torch.Tensor | None:
 
 
 def readable(slot: Slot, why: str) -> torch.Tensor:
-    """The slot's weight in float32 at build time; on the meta device where a plan builds there, for its shape.
+    """The slot's weight in float32 at build time; on the meta device where a plan builds there, for its
+    shape.
 
     Raises: PlanError: it is quantised or on the meta device, so that its values are not there to read.
     """
@@ -46,7 +47,7 @@ def readable(slot: Slot, why: str) -> torch.Tensor:
     if not is_plain(host) or (host.weight.is_meta and not planned):
         problem = Problem(
             "weight-unreadable",
-            f"{why} reads the weight, but that of {slot.path} ({type(host).__name__}) is quantised or not loaded",
+            f"{why} needs the weight of {slot.path}, quantised or not loaded ({type(host).__name__})",
             slot.address,
             "a model with plain floating-point weights",
         )

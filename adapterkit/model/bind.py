@@ -44,14 +44,14 @@ def bind_layer(here: Here, stack: Stack, kind: str | None) -> None:
 
 def _choose(here: Here, said: Sublayer) -> None:
     """One branch of one layer, through its alternatives."""
+    options: tuple[Sublayer, ...] = said.any_of or (said,)
     if not here.holds(said.when):
         # seen by its first name: nothing of it is needed
-        options = said.any_of or (said,)
         if any(child(here.root, option.first) is not None for option in options if option.first):
             here.unexpected(str(here.sublayer), said.when)
         return
     tried = []
-    for index, option in enumerate(said.any_of or (said,)):
+    for index, option in enumerate(options):
         place = here if option is said else here.at("any_of", index)
         if option is not said and option.when is not None and not place.holds(option.when):
             continue
@@ -67,7 +67,12 @@ def _choose(here: Here, said: Sublayer) -> None:
     if len(complete) == 1:
         here.draft.absorb(complete[0])
     elif complete:
-        here.note("ambiguous", "more than one alternative fits", "expected exactly one on each layer", words=("any_of",))
+        here.note(
+            "ambiguous",
+            "more than one alternative fits",
+            "expected exactly one on each layer",
+            words=("any_of",),
+        )
     elif tried:
         here.draft.absorb(min(tried, key=lambda trial: len(trial.problems)))
     else:
@@ -115,7 +120,7 @@ def add_place(here: Here, address: str, found: Found) -> None:
 
 
 def add_slot(here: Here, role: str, found: Found, words: Loc) -> Slot | None:
-    """Add a linear slot. A weight that is used without calling its module cannot be adapted and is refused."""
+    """Add a linear slot; a weight that is used without calling its module is refused."""
     size = linear.shape(found.module)
     if size is None:
         what = f"{found.path} is a {type(found.module).__name__}"
@@ -124,7 +129,9 @@ def add_slot(here: Here, role: str, found: Found, words: Loc) -> Slot | None:
         return None
     if isinstance(_parent(here, found), nn.MultiheadAttention):
         what = f"{found.path} belongs to nn.MultiheadAttention, which uses its weight without calling it"
-        here.note("weight-without-call", what, "expected a module that is called in the forward pass", words=words)
+        here.note(
+            "weight-without-call", what, "expected a module that is called in the forward pass", words=words
+        )
         return None
     slot = Slot(
         f"{here.address}.{role}",
@@ -158,11 +165,17 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
     try:
         rows = layouts.split(whole.shape[0], said.fused.layout, said.fused.order, *heads)
     except ValueError as error:
-        here.note("bad-layout", f"{host.path}: {error}", "expected rows as 'layout' and 'order' say", "see 'sizes'")
+        here.note(
+            "bad-layout", f"{host.path}: {error}", "expected rows as 'layout' and 'order' say", "see 'sizes'"
+        )
         return
     for role, stretch in rows.items():
         here.draft.slots[f"{here.address}.{role}"] = replace(
-            whole, address=f"{here.address}.{role}", role=role, shape=(stretch.total, whole.shape[1]), rows=stretch
+            whole,
+            address=f"{here.address}.{role}",
+            role=role,
+            shape=(stretch.total, whole.shape[1]),
+            rows=stretch,
         )
 
 

@@ -30,7 +30,8 @@ def embedding_slots(blueprint: Blueprint) -> dict[str, Slot]:
 def unembed_slots(blueprint: Blueprint) -> dict[str, Slot]:
     """`<stack>.unembed`: the output embeddings of the model, as the far end of the embeddings of a stack.
 
-    In a model of encoder and decoder the vocabulary is read off the decoder, whichever embeddings were changed.
+    In a model of encoder and decoder the vocabulary is read off the decoder, whichever embeddings were
+    changed.
     """
     getter = getattr(blueprint.model, "get_output_embeddings", None)
     module = getter() if getter is not None else None

@@ -14,8 +14,8 @@ Layout = Literal["blocks", "per_head", "per_group"]
 class Rows:
     """Rows of one role: in each of `groups` equal groups, `length` rows from `start`.
 
-    A fused output (..., groups * width) is seen as (..., groups, width); the role is a stretch of the last axis. This
-    holds for all three layouts, so that a role is always a strided view and never an index list.
+    A fused output (..., groups * width) is seen as (..., groups, width); the role is a stretch of the last
+    axis. This holds for all three layouts, so that a role is always a strided view and never an index list.
     """
 
     groups: int
@@ -34,7 +34,7 @@ class Rows:
         return groups.narrow(-1, self.start, self.length)
 
     def take(self, weight: torch.Tensor) -> torch.Tensor:
-        """The role's rows of a fused weight (rows, ...) as (total, ...): a view of one block, a copy of several groups."""
+        """The role's rows of a fused weight (rows, ...) as (total, ...): a view of one block, else a copy."""
         groups: torch.Tensor = weight.unflatten(0, (self.groups, self.width))
         return groups.narrow(1, self.start, self.length).flatten(0, 1)
 
@@ -49,7 +49,8 @@ def split(
 ) -> dict[str, Rows]:
     """Rows of each role of a fused matrix with `total` rows.
 
-    Args: heads, kv_heads: H query heads and K key/value heads; not needed for gate and up, nor for equal blocks.
+    Args: heads, kv_heads: H query heads and K key/value heads; not needed for gate and up, nor for equal
+    blocks.
     Raises: ValueError: the rows do not divide among the heads.
     """
     if set(order) & {"gate", "up"} or (layout == "blocks" and heads is None):

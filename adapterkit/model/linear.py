@@ -10,7 +10,8 @@ from torch import nn
 def shape(module: nn.Module) -> tuple[int, int] | None:
     """(D_out, D_in) of a linear map, None if the module is none.
 
-    Subclasses of Linear count, quantised ones too; so does a Conv1D in the manner of GPT, which names its sizes nf, nx.
+    Subclasses of Linear count, quantised ones too; so does a Conv1D in the manner of GPT, which names its
+    sizes nf, nx.
     """
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features

@@ -45,7 +45,9 @@ def locate(model: nn.Module) -> tuple[nn.Module, str]:
             found.append((module, path))
     if len(found) == 1:
         return found[0]
-    what = "holds no transformers model" if not found else f"holds {len(found)}: {listing(p for _, p in found)}"
+    what = (
+        "holds no transformers model" if not found else f"holds {len(found)}: {listing(p for _, p in found)}"
+    )
     raise ResolveError(
         Problem(
             "no-interface",
@@ -63,7 +65,8 @@ def interface_of(model: nn.Module, interface: Any = None) -> Interface:
     if interface is not None:
         return registry.load(interface)
     inner, _ = locate(model)
-    model_type = inner.config.model_type
+    config: Any = inner.config
+    model_type = config.model_type
     try:
         return registry.by_name(model_type)
     except SpecError as error:
@@ -114,7 +117,9 @@ def _resolve_scope(scope: Scope, found: _Gathered) -> None:
     if scope.base is not scope.model:
         found.claimed.append(scope.base)
     for name, stack in scope.interface.stacks.items():
-        here = Here(scope, found.draft, scope.base, scope.base_path, scope.sub_config(stack.config), ("stacks", name))
+        here = Here(
+            scope, found.draft, scope.base, scope.base_path, scope.sub_config(stack.config), ("stacks", name)
+        )
         absent = stack.present_in is not None and not scope.classes & set(stack.present_in)
         if absent or not here.holds(stack.when):
             continue
@@ -159,7 +164,9 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
             here.note("no-interface", fact if kind else "the part has no config with a model type")
             continue
         spec = registry.by_name(kind)
-        inner = Scope(spec, module.module, module.path, f"{scope.prefix}{name}/", scope.by_default and part.by_default)
+        inner = Scope(
+            spec, module.module, module.path, f"{scope.prefix}{name}/", scope.by_default and part.by_default
+        )
         inside = _Gathered(found.draft, found.stacks, found.claimed, poolers=found.poolers)
         _resolve_scope(inner, inside)
         for address, info in found.stacks.items():
@@ -178,7 +185,7 @@ def _quietly(getter: Callable[[], Any] | None) -> nn.Module | None:
 
 
 def _output_path(scope: Scope, stack: Stack, output: nn.Module | None) -> list[nn.Module]:
-    """Modules between the last states and the vocabulary, in a class that has a vocabulary; each has some of them."""
+    """Modules between the last states and the vocabulary, in a class that has one; each has some of them."""
     said = stack.unembed
     if said is None or (output is None and said.path is None):
         return []
@@ -210,7 +217,9 @@ def _roots(here: Here, at: Path | None) -> list[Found]:
     modules = ((option, child(here.root, str(option.path))) for option in options)
     found = [Found(m, join(here.path, str(option.path)), option) for option, m in modules if m is not None]
     if not found:
-        here.at("at").note_lazily("path-not-found", lambda: missing(here.root, str(options[0].path), here.path))
+        here.at("at").note_lazily(
+            "path-not-found", lambda: missing(here.root, str(options[0].path), here.path)
+        )
     return found
 
 
@@ -218,7 +227,13 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
     """Resolve one stack below one possible root."""
     scope, draft, address = outer.scope, Draft(), outer.scope.prefix + name
     here = replace(
-        outer, draft=draft, root=root.module, path=root.path, stack=address, address=address, batch=stack.batch
+        outer,
+        draft=draft,
+        root=root.module,
+        path=root.path,
+        stack=address,
+        address=address,
+        batch=stack.batch,
     )
     for word, said in _stack_places(stack).items():
         found = here.find(said, *word.split("."))
@@ -233,7 +248,9 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
     if stack.kinds and not kinds:
         layers = []  # what they are made of is not known
     for index, (path, layer) in enumerate(layers):
-        inside = replace(here, root=layer, path=join(here.path, path), address=f"{address}.{index}", layer=index)
+        inside = replace(
+            here, root=layer, path=join(here.path, path), address=f"{address}.{index}", layer=index
+        )
         bind_layer(inside, stack, kinds[index] if kinds else None)
     for (loc, word), seen in draft.presence.items():
         if len(seen) > 1:
@@ -276,7 +293,11 @@ def _layers(here: Here, stack: Stack) -> list[tuple[str, nn.Module]]:
     if len(existing) == 1:
         return list({id(module): (path, module) for path, module in existing[0][1]}.values())
     if existing:
-        here.note("ambiguous", f"more than one list exists: {listing(p for p, _ in existing)}", "expected exactly one")
+        here.note(
+            "ambiguous",
+            f"more than one list exists: {listing(p for p, _ in existing)}",
+            "expected exactly one",
+        )
         return []
     top = found[0][0].split(".*")[0]
     if child(here.root, top) is not None:
@@ -300,6 +321,8 @@ def _kinds(here: Here, stack: Stack, count: int) -> list[str] | None:
     if unknown:
         hint = did_you_mean(unknown[0], stack.kinds.of)
         known = f"kinds: {listing(stack.kinds.of)}"
-        here.note("unknown-kind", f"the model has layers of kind {listing(unknown)}", known, hint, words=("by",))
+        here.note(
+            "unknown-kind", f"the model has layers of kind {listing(unknown)}", known, hint, words=("by",)
+        )
         return None
     return kinds

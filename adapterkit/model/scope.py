@@ -35,7 +35,7 @@ class Draft:
     slots: dict[str, Slot] = field(default_factory=dict)
     places: dict[str, Slot] = field(default_factory=dict)
     problems: dict[tuple[Loc, str], Callable[[], Problem]] = field(default_factory=dict)
-    """Made only when they are shown: an alternative that does not fit is no error, and finding hints takes time."""
+    """Made only when shown: an alternative that does not fit is no error, and finding hints takes time."""
     presence: dict[tuple[Loc, str], set[bool]] = field(default_factory=dict)
     """Optional thing -> whether it was there, over all layers."""
     kernels: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +56,9 @@ class Draft:
 class Scope:
     """One model with one interface: the whole model, or a part of it."""
 
-    def __init__(self, interface: Interface, model: nn.Module, path: str, prefix: str, by_default: bool) -> None:
+    def __init__(
+        self, interface: Interface, model: nn.Module, path: str, prefix: str, by_default: bool
+    ) -> None:
         self.interface = interface
         self.model = model
         self.path = path
@@ -110,7 +112,9 @@ class Here:
         """Note a problem at `loc`, or at words below it; `facts` are (message, expected, hint)."""
         loc = (*self.loc, *words)
         # the same fact on every layer is one problem
-        self.draft.problems.setdefault((loc, code), lambda: _problem(self.scope.interface, loc, code, *facts()))
+        self.draft.problems.setdefault(
+            (loc, code), lambda: _problem(self.scope.interface, loc, code, *facts())
+        )
 
     def holds(self, when: Mapping[str, Any] | None) -> bool:
         """Whether every field of `when` has its value in the config."""
@@ -158,14 +162,20 @@ class Here:
                 self.unexpected(repr(found[0].path), said.when)
             return None
         if len({id(f.module) for f in found}) > 1:
-            self.note("ambiguous", f"more than one alternative exists: {listing(f.path for f in found)}", "expected exactly one")
+            self.note(
+                "ambiguous",
+                f"more than one alternative exists: {listing(f.path for f in found)}",
+                "expected exactly one",
+            )
             return None
         if not found and said.optional is None:
             self.note_lazily("path-not-found", lambda: _not_found(self.root, self.path, options))
         return found[0] if found else None
 
 
-def _problem(interface: Interface, loc: Loc, code: str, message: str, expected: str = "", hint: str = "") -> Problem:
+def _problem(
+    interface: Interface, loc: Loc, code: str, message: str, expected: str = "", hint: str = ""
+) -> Problem:
     mark = interface.mark(loc)
     place = {"file": mark.file, "line": mark.line, "column": mark.column} if mark else {}
     return Problem(code, message, ".".join(map(str, loc)), expected, hint, **place)  # type: ignore[arg-type]

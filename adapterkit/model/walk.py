@@ -30,13 +30,13 @@ def child(module: nn.Module, path: str) -> nn.Module | None:
     """The module at `path` below `module`; None if it is missing or set to None."""
     if path == ".":
         return module
-    found: nn.Module | None = module
     for part in path.split("."):
         # plain dictionary look-ups: attribute access on modules is ten times slower
-        found = found._modules.get(part)
+        found = module._modules.get(part)
         if found is None:
             return None
-    return found
+        module = found
+    return module
 
 
 def join(root: str, path: str) -> str:
@@ -47,7 +47,7 @@ def join(root: str, path: str) -> str:
 
 
 def expand(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Layers below `module`: the members of the list at `pattern`; each '*' stands for all members of one list."""
+    """Layers below `module`: the members of the list at `pattern`; '*' stands for all members of a list."""
     found = [("", module)]
     for part in pattern.split("."):
         step = []

@@ -40,7 +40,7 @@ class Entry:
 class _Registry:
     entries: dict[str, Entry] = field(default_factory=dict)
     types: dict[str, Entry] = field(default_factory=dict)
-    """Model type -> who describes it: a file that takes the name of another takes only the types that it says."""
+    """Model type -> who describes it; a file that takes another's name takes only the types that it says."""
     loaded: dict[Path, Interface] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
