@@ -101,11 +101,17 @@ def inject(
     for path, host in hosts:
         check(host, path)
     opened: list[tuple[str, nn.Module]] = []
+
+    def opening(host: nn.Module, path: str) -> Site:
+        is_new = CHILD not in host._modules
+        site = open_site(host, path, runtime)
+        if is_new:
+            opened.append((path, host))
+        return site
+
     try:
         for path, host, address, module in plan:
-            if CHILD not in host._modules:
-                opened.append((path, host))
-            site = open_site(host, path, runtime)
+            site = opening(host, path)
             key = slug(name, address)
             if key in site._modules:
                 message = f"{name!r} and {address!r} give a key that is taken: {key!r}"
@@ -121,9 +127,7 @@ def inject(
             if path == top.key:
                 top.units.setdefault(helper.key, helper.make())
                 continue
-            if CHILD not in host._modules:
-                opened.append((path, host))
-            open_site(host, path, runtime)._modules.setdefault(helper.key, helper.make())
+            opening(host, path)._modules.setdefault(helper.key, helper.make())
             done.hosts[path] = host
         first = site_of(plan[0][1])
         assert first is not None

@@ -148,9 +148,9 @@ def open_site(module: nn.Module, key: str, runtime: Runtime) -> Site:
     if site is None:
         site = Site(key, runtime)
         site.training = module.training
-        module._modules[CHILD] = site
         cls: Any = type(module)
-        _become(module, adapted(cls))
+        _become(module, adapted(cls))  # first: Python may refuse it
+        module._modules[CHILD] = site
     return site
 
 
