@@ -241,6 +241,7 @@ class Kit(Mapping[str, Adapter]):
                 self._enter()
             except BaseException:
                 self._take(adapter)
+                self._leave()
                 raise
         self._adapters[adapter.name] = adapter
 
@@ -433,10 +434,15 @@ class Kit(Mapping[str, Adapter]):
                 check_unwrapped(host, path)  # all or nothing
         for name in list(self._adapters):
             self._take(self._adapters.pop(name))
+        self._active = None
+        self._leave()
+
+    def _leave(self) -> None:
+        """Undo `_enter`."""
         close_entries(self._entries)
         for hook in self._hooks:
             hook.remove()
-        self._entries, self._hooks, self._active = {}, [], None
+        self._entries, self._hooks = {}, []
         self.model.__dict__.pop(ATTRIBUTE, None)
         for path, parameter in self.model.named_parameters():
             # by name: sharding replaces the tensors themselves

@@ -146,15 +146,21 @@ def open_entries(blueprint: Blueprint, runtime: Runtime) -> dict[str, nn.Module]
 
     Raises: PlanError: another library has replaced the forward of one; the model is as before.
     """
-    opened = {}
+    stacks = {}
     for address, info in blueprint.stacks.items():
         if hasattr(info.layers[0], "gradient_checkpointing"):
-            opened[blueprint.places[f"{address}.0.layer"].path] = info.layers
-    for path, (first, *_) in opened.items():
+            stacks[blueprint.places[f"{address}.0.layer"].path] = info.layers
+    for path, (first, *_) in stacks.items():
         check(first, path)
-    for path, layers in opened.items():
-        open_site(layers[0], path, runtime)._modules[entry.KEY] = entry.InputGrad(layers)
-    return {path: layers[0] for path, layers in opened.items()}
+    opened: dict[str, nn.Module] = {}
+    try:
+        for path, layers in stacks.items():
+            open_site(layers[0], path, runtime)._modules[entry.KEY] = entry.InputGrad(layers)
+            opened[path] = layers[0]
+    except BaseException:
+        close_entries(opened)
+        raise
+    return opened
 
 
 def _site(host: nn.Module) -> Site:
