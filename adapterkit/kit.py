@@ -63,6 +63,7 @@ class Kit(Mapping[str, Adapter]):
         self._active: str | None = None
         self._skipped: Layers = ()
         self._originals: merging.Originals | None = None
+        self._trained: frozenset[str] | None = None
         self._entries: dict[str, nn.Module] = {}
         self._hooks: list[Any] = []
 
@@ -252,8 +253,10 @@ class Kit(Mapping[str, Adapter]):
 
     def _enter(self) -> None:
         """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
+        own = dict(named_parameters(self.model))
+        self._trained = frozenset(path for path, parameter in own.items() if parameter.requires_grad)
         self._entries = open_entries(self.blueprint, self._runtime)
-        for _, parameter in named_parameters(self.model):
+        for parameter in own.values():
             parameter.requires_grad_(False)  # those of the adapter are set after this
         self._hooks = [
             self.model.register_load_state_dict_pre_hook(place_tensors),
@@ -444,9 +447,10 @@ class Kit(Mapping[str, Adapter]):
             hook.remove()
         self._entries, self._hooks = {}, []
         self.model.__dict__.pop(ATTRIBUTE, None)
-        for path, parameter in self.model.named_parameters():
+        for path, parameter in named_parameters(self.model) if self._trained is not None else ():
             # by name: sharding replaces the tensors themselves
-            parameter.requires_grad_(path in self.blueprint.trained)
+            parameter.requires_grad_(path in self._trained)
+        self._trained = None
 
     def _refuse_merged(self, verb: str) -> None:
         if self.merged:

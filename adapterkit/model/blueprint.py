@@ -82,8 +82,6 @@ class Blueprint:
     poolers: tuple[Head, ...]
     parameters: int
     """Numbers of the model itself; tied ones count once."""
-    trained: frozenset[str]
-    """Names of the model's own parameters that required a gradient."""
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Slot]:

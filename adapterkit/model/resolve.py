@@ -87,7 +87,6 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
     _resolve_scope(Scope(spec, inner, path, "", True), found)
     if found.draft.problems:
         raise ResolveError(make() for make in found.draft.problems.values())
-    own = list(named_parameters(model))
     return Blueprint(
         interface=spec,
         interface_name=registry.name_of(spec) or "custom",
@@ -97,8 +96,7 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
         stacks=found.stacks,
         heads=find_heads(model, found.claimed, found.output_path, found.heads),
         poolers=tuple(found.poolers),
-        parameters=sum(parameter.numel() for _, parameter in own),
-        trained=frozenset(name for name, parameter in own if parameter.requires_grad),
+        parameters=sum(parameter.numel() for _, parameter in named_parameters(model)),
         unsupported=found.unsupported,
     )
 

@@ -23,7 +23,8 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield f"{path}{name}", parameter
-        stack += [(f"{path}{name}.", found) for name, found in module._modules.items() if found is not None]
+        below = [(f"{path}{name}.", found) for name, found in module._modules.items() if found is not None]
+        stack += reversed(below)  # the first child next: a tied parameter has the name of its first place
 
 
 def child(module: nn.Module, path: str) -> nn.Module | None:
