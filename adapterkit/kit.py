@@ -447,10 +447,12 @@ class Kit(Mapping[str, Adapter]):
             hook.remove()
         self._entries, self._hooks = {}, []
         self.model.__dict__.pop(ATTRIBUTE, None)
-        for path, parameter in named_parameters(self.model) if self._trained is not None else ():
+        trained, self._trained = self._trained, None
+        if trained is None:
+            return
+        for path, parameter in named_parameters(self.model):
             # by name: sharding replaces the tensors themselves
-            parameter.requires_grad_(path in self._trained)
-        self._trained = None
+            parameter.requires_grad_(path in trained)
 
     def _refuse_merged(self, verb: str) -> None:
         if self.merged:
