@@ -152,8 +152,8 @@ def randomise(kit: ak.Kit, name: str = "default", *, heads: bool = True, seed: i
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The main outputs as one flat tensor, without gradients.
 
-    With them the bits may differ for reasons of torch, which has one attention kernel for a mask that requires
-    gradients (relative positions of T5 and BEiT, before they are frozen) and another for one that does not.
+    With them the bits may differ for reasons of torch: it has one attention kernel for a mask that needs a
+    gradient (relative positions of T5 and BEiT, before they are frozen) and another for one that does not.
     """
     with torch.no_grad():
         return tiny.output(model(**inputs))

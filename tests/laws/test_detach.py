@@ -30,7 +30,7 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 def test_detach_restores_everything(case: Case) -> None:
     model, inputs = case.model(), case.inputs()
     for number, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(number % 3 != 0)
+        parameter.requires_grad_(number % 3 != 1)  # the first is often tied to the output embeddings
     before, tensors, output = snapshot(model), bits(model), run(model, inputs)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
