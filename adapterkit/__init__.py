@@ -28,6 +28,8 @@ _HOMES = {
     "DoRAConfig": "adapterkit.methods.dora",
     "DVoRAConfig": "adapterkit.methods.dora",
     "MTLLoRAConfig": "adapterkit.methods.mtl_lora",
+    "Fuse": "adapterkit.composition",
+    "FusionConfig": "adapterkit.methods.fusion",
     "BottleneckConfig": "adapterkit.methods.bottleneck",
     "CompacterConfig": "adapterkit.methods.compacter",
     "InvertibleConfig": "adapterkit.methods.invertible",
@@ -42,6 +44,8 @@ __all__ = [
     "CompacterConfig",
     "DVoRAConfig",
     "DoRAConfig",
+    "Fuse",
+    "FusionConfig",
     "IA3Config",
     "Interface",
     "InvertibleConfig",
@@ -66,10 +70,12 @@ if TYPE_CHECKING:
     from adapterkit import errors
     from adapterkit.adapter import Adapter
     from adapterkit.api import attach, load, of, plan
+    from adapterkit.composition import Fuse
     from adapterkit.kit import Kit
     from adapterkit.methods.bottleneck import BottleneckConfig
     from adapterkit.methods.compacter import CompacterConfig
     from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
+    from adapterkit.methods.fusion import FusionConfig
     from adapterkit.methods.ia3 import IA3Config
     from adapterkit.methods.invertible import InvertibleConfig
     from adapterkit.methods.lora import LoRAConfig

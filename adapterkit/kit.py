@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from adapterkit import merging, report
+from adapterkit import fusing, merging, report
 from adapterkit.activation import programs
 from adapterkit.adapter import Adapter
+from adapterkit.composition import Fuse, Setup
 from adapterkit.errors import (
     CompositionError,
     ConfigError,
@@ -39,12 +40,13 @@ from adapterkit.inject.site import check_unwrapped, site_of
 from adapterkit.inject.state import NAME, place_tensors
 from adapterkit.liveness import Liveness, examine
 from adapterkit.methods.base import MethodConfig
+from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
 from adapterkit.methods.targets import Layers
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import named_parameters
 from adapterkit.planning import Draft, Plan, build, choose, describe
-from adapterkit.runtime import Programs, Runtime
+from adapterkit.runtime import Programs, Record, Runtime
 
 ATTRIBUTE = "_adapterkit"
 Method = str | Mapping[str, Any] | MethodConfig
@@ -60,7 +62,7 @@ class Kit(Mapping[str, Adapter]):
         self._adapters: dict[str, Adapter] = {}
         self._runtime = Runtime()
         self._top = entry.Top(self._runtime)
-        self._active: str | None = None
+        self._active: Setup | None = None
         self._skipped: Layers = ()
         self._originals: merging.Originals | None = None
         self._trained: frozenset[str] | None = None
@@ -166,7 +168,7 @@ class Kit(Mapping[str, Adapter]):
                 Problem("several-adapters", f"the file holds {len(contents)} adapters: {found}", "name")
             )
         for content in contents:
-            self._check_name(name or content.name, replace)
+            self._check_name(name or content.name, replace, isinstance(content.config, FusionConfig))
         for content in contents:
             self._load(content, name or content.name, activate, trainable, head)
         return self
@@ -234,6 +236,7 @@ class Kit(Mapping[str, Adapter]):
         hosts = {places[address]: module for address, module in modules.items()}
         helpers = adapter.config.helpers(adapter.plan.slots, self.blueprint)
         record = manifest.write(adapter.plan, self.blueprint)
+        fusing.connect(adapter, self._adapters)
         adapter.injection = inject(
             self._runtime, adapter.name, hosts, adapter.shared, helpers, record, self._top
         )
@@ -270,8 +273,8 @@ class Kit(Mapping[str, Adapter]):
             raise PlanError(Problem("no-head", f"{type(self.model).__name__} has no task head", "head"))
         return self.blueprint.heads if head else ()
 
-    def _check_name(self, name: str, replace: bool) -> None:
-        if not isinstance(name, str) or not NAME.match(name):
+    def _check_name(self, name: str, replace: bool, fusion: bool = False) -> None:
+        if not isinstance(name, str) or not NAME.match(name.replace("+", "-") if fusion else name):
             raise ConfigError(
                 Problem("bad-name", f"{name!r} is no name of an adapter", "name", "letters, digits, '_', '-'")
             )
@@ -282,12 +285,12 @@ class Kit(Mapping[str, Adapter]):
     # -- which adapter acts
 
     @property
-    def active(self) -> str | None:
+    def active(self) -> Setup | None:
         """What acts in this thread."""
         override = self._runtime.override
         return self._active if override.programs is None else override.active
 
-    def activate(self, setup: str | None, skip_layers: Layers = ()) -> None:
+    def activate(self, setup: Setup | None, skip_layers: Layers = ()) -> None:
         """Make an adapter act in all threads, None: none; not in the layers that are skipped."""
         self._refuse_merged("activate")
         self._run(self._programs(setup, skip_layers))
@@ -304,11 +307,11 @@ class Kit(Mapping[str, Adapter]):
                 site.program = programs.get(path)
         self._top.program = programs.get(self._top.key)
 
-    def _programs(self, setup: str | None, skip_layers: Layers = ()) -> Programs:
+    def _programs(self, setup: Setup | None, skip_layers: Layers = ()) -> Programs:
         return programs(setup, self, self.blueprint, self._entries, skip_layers)
 
     @contextmanager
-    def using(self, setup: str | None, skip_layers: Layers = ()) -> Iterator[Kit]:
+    def using(self, setup: Setup | None, skip_layers: Layers = ()) -> Iterator[Kit]:
         """Let another adapter act, in this thread and block only."""
         self._refuse_merged("using")
         self._refuse_override()
@@ -361,6 +364,47 @@ class Kit(Mapping[str, Adapter]):
             module.to(device=device, dtype=dtype)
         return self
 
+    # -- fusion
+
+    def fuse(
+        self,
+        *names: str,
+        config: str | Mapping[str, Any] = "dynamic",
+        name: str | None = None,
+        seed: int | None = None,
+        trainable: bool = True,
+    ) -> Kit:
+        """Make the weights that `Fuse(*names)` needs, at every branch where all of the adapters have a unit.
+
+        Args: config: "dynamic", "static" or options. name: of the weights, 'a+b' if none is given.
+        Raises: CompositionError, ConfigError, PlanError: nothing is changed then.
+        """
+        setup = Fuse(*names, name=name)
+        self._check_name(setup.name, replace=False, fusion=True)
+        made = fusing.config_of([self[child] for child in names], config)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        selection = choose(self.blueprint, made, strict=True)
+        draft = build(made, selection.slots, generator)
+        plan = describe(self.blueprint, made, setup.name, selection, (), draft)
+        self._cast(plan, draft, "match")
+        return self._install(plan, draft, {}, {}, activate=False, trainable=trainable)
+
+    def fusion_loss(self) -> torch.Tensor:
+        """What the active fusion adds to the loss (Pfeiffer et al. 2021, section 3.2): a scalar."""
+        if not isinstance(self.active, Fuse):
+            raise NotAttachedError(Problem("not-active", "no fusion is active", "fusion_loss"))
+        return fusing.loss(self[self.active.name])
+
+    @contextmanager
+    def record(self) -> Iterator[Record]:
+        """Keep fusion attentions of the forward passes in this thread and block."""
+        override = self._runtime.override
+        before, override.record = override.record, Record()
+        try:
+            yield override.record
+        finally:
+            override.record = before
+
     # -- merging and leaving
 
     @property
@@ -403,10 +447,8 @@ class Kit(Mapping[str, Adapter]):
         with torch.no_grad():
             for found in (*self.blueprint.heads, *self.blueprint.poolers):
                 copied = {**adapter.heads, **adapter.poolers}.get(found.address)
-                for own, new in zip(
-                    found.module.parameters(), copied.parameters() if copied else (), strict=bool(copied)
-                ):
-                    own.copy_(new)
+                for path, new in copied.named_parameters() if copied is not None else ():
+                    found.module.get_parameter(path).copy_(new)
         adapter.merged = False
         self._originals = None
         self._remove_all()
@@ -423,6 +465,10 @@ class Kit(Mapping[str, Adapter]):
         if adapter.merged:
             self.unmerge()
         self._refuse_merged("detach")
+        users = fusing.users(name, self._adapters)
+        if users:
+            message = f"{name!r} is part of the fusion {listing(users)}"
+            raise PlanError(Problem("in-use", message, "detach", "the fusion detached first"))
         if len(self._adapters) == 1:
             self._remove_all()
             return self.model
@@ -486,11 +532,11 @@ class Kit(Mapping[str, Adapter]):
 
     def verify(self, **inputs: Any) -> Liveness:
         """Which tensors of the active adapter move no output and get no gradient on these inputs."""
-        name = self.active
-        if name is None:
+        setup = self.active
+        if setup is None:
             raise NotAttachedError(Problem("not-active", "no adapter is active", "verify"))
         self._refuse_merged("verify")
-        own = self[name]
+        own = self[setup.name if isinstance(setup, Fuse) else setup]
         return examine(self.model, dict(own.named_trained()), inputs)
 
     def status(self) -> report.Status:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from adapterkit.adapter import Adapter
+from adapterkit.composition import Fuse, Setup
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.planning import Plan
 from adapterkit.versions import unverified
@@ -58,11 +59,12 @@ def status(
     model: nn.Module,
     blueprint: Blueprint,
     adapters: Mapping[str, Adapter],
-    active: str | None,
+    active: Setup | None,
     merged: str | None,
 ) -> Status:
     """What is attached, active and trained."""
     rows = []
+    acting = {active} if not isinstance(active, Fuse) else {active.name, *active.children}
     for name, adapter in adapters.items():
         tensors = list(adapter.parameters())
         rows.append(
@@ -74,7 +76,7 @@ def status(
                 percent=adapter.plan.percent,
                 dtype="/".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
                 device="/".join(sorted({str(t.device) for t in tensors})),
-                active=name == active,
+                active=name in acting,
                 trainable=any(t.requires_grad for t in tensors),
                 merged=name == merged,
             )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from adapterkit.composition import Setup
 
 
 class Program(NamedTuple):
@@ -24,6 +27,14 @@ Programs = Mapping[str, Program]
 """Site -> program. A site that is not in it does nothing."""
 
 
+@dataclass
+class Record:
+    """What was asked to be kept of the forward passes of one thread, by address."""
+
+    fusion: dict[str, list[Any]] = field(default_factory=dict)
+    """Weights of the adapters at each fusion: (B, T, N) for each pass."""
+
+
 class _Override(threading.local):
     """Programs for this thread. `__init__` runs once in each thread, so that the attribute always is the
     instance's own:
@@ -34,7 +45,8 @@ class _Override(threading.local):
 
     def __init__(self) -> None:
         self.programs: Programs | None = None
-        self.active: str | None = None
+        self.active: Setup | None = None
+        self.record: Record | None = None
         self.flow: dict[str, Any] = {}
         """What passes between the points of a branch; see methods/flow.py."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import BranchConfig, Shared, Unit
-from adapterkit.methods.flow import base_forward, first, flow_of, with_first
+from adapterkit.methods.flow import Flow, base_forward, first, flow_of, with_first
 from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.branches import Branch
@@ -171,13 +171,14 @@ class Bottleneck(Unit):
     def dtype(self) -> torch.dtype:
         shared: Any = getattr(self.down, "shared", ())
         tensors = (t for module in (self, *shared) if module is not None for t in module.parameters())
-        return next(tensors).dtype
+        dtype: torch.dtype = next(tensors).dtype
+        return dtype
 
-    def update(self, z: torch.Tensor) -> torch.Tensor:
-        """U without any residual: z (B, T, D) -> (B, T, D)."""
+    def up_output(self, z: torch.Tensor) -> torch.Tensor:
+        """What the bottleneck gives, s * up(act(down(LN(z)))): (B, T, D) -> (B, T, D)."""
         config, given = self.config, z.dtype
-        z = z.to(self.dtype)
-        u = self.norm_before(z) if config.ln_before else z
+        u = z.to(self.dtype)
+        u = self.norm_before(u) if config.ln_before else u
         u = self.up(self.act(self.down(u)))
         if self.training and config.stochastic_depth:
             kept = torch.rand((u.shape[0], *[1] * (u.ndim - 1)), device=u.device) >= config.stochastic_depth
@@ -186,40 +187,20 @@ class Bottleneck(Unit):
             u = u * self.scale
         elif config.scaling != 1:
             u = u * config.scaling
-        if self.training and config.dropout:
-            u = F.dropout(u, config.dropout)
-        if config.use_gating:
-            u = u * self.gate(z)
         return u.to(given)
 
-    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
-        flow, config = flow_of(host), self.config
-        if not flow.get(f"{self.branch}!"):
-            return out
-        h = first(out)
-        if not config.needs_residual:
-            return with_first(out, self.sequential(h, h))
-        residual = flow[self.branch]
-        if config.original_ln_after:
-            return with_first(
-                out, self.parallel(h, residual) if config.is_parallel else self.sequential(h, residual)
-            )
-        if self.norm_forward is None and config.exact:
-            return with_first(out, h + self.update(h + residual if config.original_ln_before else h))
-        result = self.parallel(h, residual) if config.is_parallel else self.sequential(h, residual)
-        if self.norm_forward is None:
-            # the model adds the residual that the adapter leaves out: one rounding
-            return with_first(out, result - residual)
-        flow[f"{self.branch}="] = result
-        return out
+    def update(self, z: torch.Tensor) -> torch.Tensor:
+        """`up_output` with dropout and gate."""
+        u = self.up_output(z)
+        if self.training and self.config.dropout:
+            u = F.dropout(u, self.config.dropout)
+        return u * self.gate(z.to(self.dtype)).to(u.dtype) if self.config.use_gating else u
 
-    def parallel(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        u = self.update(x)
-        return h + (self.norm_after(u) if self.config.ln_after else u)
-
-    def sequential(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What leaves the adapter (B, T, D) for the branch h and the residual x."""
+    def reads(self, h: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the bottleneck reads, and the adapter's own residual, for the branch h and the residual x."""
         config = self.config
+        if config.is_parallel:
+            return x, h
         z = residual = h
         if config.original_ln_before:
             z = h + x if self.norm_forward is None else self.norm_forward(self.norm[0], h + x)
@@ -227,9 +208,31 @@ class Bottleneck(Unit):
             residual = h + x
         elif not config.residual_before_ln:
             residual = z
+        return z, residual
+
+    def gives(self, out: Any, result: torch.Tensor, x: torch.Tensor, flow: Flow) -> Any:
+        """Let `result` leave the sublayer: to the model's own residual add, or past it."""
+        if self.config.original_ln_after:
+            return with_first(out, result)
+        if self.norm_forward is None:
+            # the model adds the residual that the adapter leaves out: one rounding
+            return with_first(out, result - x)
+        flow[f"{self.branch}="] = result
+        return out
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        flow, config = flow_of(host), self.config
+        if not flow.get(f"{self.branch}!"):
+            return out
+        h = first(out)
+        residual = flow[self.branch] if config.needs_residual else h
+        z, own = self.reads(h, residual)
         u = self.update(z)
-        if not config.ln_after:
-            return u + residual
-        inside = config.adapter_residual_before_ln
-        normed: torch.Tensor = self.norm_after(u + residual if inside else u)
-        return normed if inside else normed + residual
+        if self.norm_forward is None and config.exact and not config.original_ln_after:
+            # branch + x is what the model makes of the branch alone
+            return with_first(out, h + u)
+        inside = config.adapter_residual_before_ln and not config.is_parallel
+        if config.ln_after:
+            u = self.norm_after((u + own if inside else u).to(self.dtype)).to(u.dtype)
+        result = u if config.ln_after and inside else u + own
+        return self.gives(out, result, residual, flow)

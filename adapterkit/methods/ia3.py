@@ -25,7 +25,7 @@ class IA3Config(SlotConfig):
     alpha: float = Field(default=1.0, description="constant factor beside the learned ones")
     sides: dict[str, Literal["input", "output"]] = Field(
         default_factory=dict,
-        description="what is scaled, by role or address; the paper's choice: the input of down, else the output",
+        description="what is scaled, by role or address; the paper's: the input of down, else the output",
     )
     gating: bool = Field(default=False, description="a learned gate in place of alpha; not in the paper")
 

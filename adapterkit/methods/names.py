@@ -13,6 +13,7 @@ from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.bottleneck import BottleneckConfig
 from adapterkit.methods.compacter import CompacterConfig
 from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
+from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.ia3 import IA3Config
 from adapterkit.methods.invertible import InvertibleConfig
 from adapterkit.methods.lora import LoRAConfig
@@ -38,6 +39,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         ReFTConfig,
         InvertibleConfig,
         UnionConfig,
+        FusionConfig,
     )
 }
 

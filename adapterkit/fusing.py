@@ -1,0 +1,91 @@
+"""Fusions between the adapters of a kit: which branches they share, and the keys of their units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from adapterkit.adapter import Adapter
+from adapterkit.errors import ConfigError, PlanError, Problem, did_you_mean, listing
+from adapterkit.methods.bottleneck import Bottleneck
+from adapterkit.methods.fusion import PRESETS, Fusion, FusionConfig
+from adapterkit.methods.names import validate
+
+
+def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> FusionConfig:
+    """The config of a fusion of these adapters.
+
+    Raises: ConfigError: unknown preset or option. PlanError: they have no branch in common.
+    """
+    if isinstance(config, str) and config not in PRESETS:
+        hint = did_you_mean(config, PRESETS)
+        message = f"there is no fusion config {config!r}"
+        raise ConfigError(Problem("unknown-method", message, "config", f"one of {listing(PRESETS)}", hint))
+    options = PRESETS[config] if isinstance(config, str) else dict(config)
+    places = _common(adapters)
+    if not places:
+        names = listing(adapter.name for adapter in adapters)
+        message = f"{names} have no branch in common at which they could be fused"
+        expected = "bottleneck adapters at the same branches"
+        raise PlanError(Problem("nothing-selected", message, expected=expected))
+    children = tuple(adapter.name for adapter in adapters)
+    made = validate(FusionConfig, {**options, "children": children, "places": places})
+    assert isinstance(made, FusionConfig)
+    return made
+
+
+def _units(adapter: Adapter) -> dict[str, str]:
+    """Branch -> address of the adapter's bottleneck there."""
+    return {unit.branch: address for address, unit in adapter.units.items() if isinstance(unit, Bottleneck)}
+
+
+def _common(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    first, *others = (_units(adapter) for adapter in adapters)
+    return tuple(branch for branch in first if all(branch in other for other in others))
+
+
+def users(name: str, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
+    """Names of the fusions that an adapter is part of."""
+    found = ((other, adapter.config) for other, adapter in adapters.items())
+    return tuple(o for o, config in found if isinstance(config, FusionConfig) and name in config.children)
+
+
+def connect(fusion: Adapter, adapters: Mapping[str, Adapter]) -> None:
+    """Tell the units of a fusion where those of its children are.
+
+    Raises: PlanError: a child is missing, or has no unit at a branch.
+    """
+    if not isinstance(fusion.config, FusionConfig):
+        return
+    problems = []
+    for unit in fusion.units.values():
+        keys = []
+        for child in fusion.config.children:
+            own = adapters.get(child)
+            address = (
+                None if own is None else _units(own).get(unit.branch) if isinstance(unit, Fusion) else None
+            )
+            if own is None or address is None:
+                message = f"fused adapter {child!r} is not attached at this branch"
+                problems.append(Problem("no-such-adapter", message, str(getattr(unit, "branch", ""))))
+            else:
+                keys.append(own.injection.by_address[address][1])
+        if isinstance(unit, Fusion):
+            unit.children_keys = tuple(keys)
+    if problems:
+        raise PlanError(problems)
+
+
+def loss(fusion: Adapter) -> torch.Tensor:
+    """Regularisation of the value projections of a fusion.
+
+    Raises: ConfigError: its config has none.
+    """
+    config = fusion.config
+    units = [unit for unit in fusion.units.values() if isinstance(unit, Fusion)]
+    if not isinstance(config, FusionConfig) or not (config.regularization and config.value):
+        message = f"{fusion.name!r} has no value projection that is regularised"
+        raise ConfigError(Problem("bad-option", message, "regularization"))
+    return torch.stack([unit.loss() for unit in units]).sum()
