@@ -85,6 +85,10 @@ class Kit(Mapping[str, Adapter]):
             )
         return self._adapters[name]
 
+    def get(self, name: object, default: Any = None) -> Any:
+        """The adapter of this name, else the default."""
+        return self._adapters.get(name, default) if isinstance(name, str) else default
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapters)
 
