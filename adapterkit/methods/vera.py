@@ -96,8 +96,8 @@ class VeRA(Unit):
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Scaled update s diag(b) B diag(d) A x: (..., D_in) -> (..., D_out)."""
         a, b = self.matrices()
-        if a.device != x.device:  # moved or offloaded after attach
-            message = f"the shared matrices are on {a.device}, the input of one of their units on {x.device}"
+        if a.device != x.device or type(a) not in (torch.Tensor, type(x)):
+            message = "the shared matrices were moved, offloaded or sharded away from a unit after attach"
             raise PlanError(Problem("shared-apart", message, expected=_TOGETHER))
         return F.linear(F.linear(x, a) * self.d, b) * (self.b * self.scaling)
 

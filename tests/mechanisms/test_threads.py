@@ -113,7 +113,7 @@ def test_an_adapter_that_is_activated_inside_a_block_acts_after_it() -> None:
 
 
 def test_two_models_do_not_share_a_block() -> None:
-    model, kit, given, _ = prepared("bert", 2)
+    _, kit, given, _ = prepared("bert", 2)
     other, second, _, serial = prepared("bert", 2)
     kit.activate("a0")
     second.activate("a0")

@@ -1,4 +1,4 @@
-"""The stock Trainer: training, checkpoints, resuming, the best model, and adapters taken out of checkpoints."""
+"""The stock Trainer: training, checkpoints, resuming, the best model, adapters taken out of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,0 +1,82 @@
+"""Two real processes over gloo: data parallel, and fully sharded layer by layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed import TCPStore
+
+import adapterkit as ak
+from tests.mechanisms import workers
+from tests.models import tiny
+
+pytestmark = pytest.mark.full  # two fresh interpreters for each test
+
+
+def spawn(work: Callable[..., None], method: str, directory: Path) -> list[Any]:
+    """What every process has found."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
+    arguments = (store.port, str(directory), method)
+    context = mp.start_processes(work, arguments, workers.WORLD, join=False, start_method="spawn")
+    limit = time.monotonic() + workers.LIMIT
+    while not context.join(timeout=5):
+        if time.monotonic() > limit:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"not done after {workers.LIMIT} s")
+    return [torch.load(directory / f"{rank}.pt") for rank in range(workers.WORLD)]
+
+
+def alone(method: str) -> tuple[list[float], dict[str, Tensor | None], dict[str, Tensor]]:
+    """The same training in this process, on all examples at once."""
+    model, given = workers.prepared(method)
+    losses = workers.optimise(model, given)
+    own = dict(ak.of(model)["a"].named_parameters())
+    return losses, {key: p.grad for key, p in own.items()}, {key: p.detach() for key, p in own.items()}
+
+
+def bare() -> Tensor:
+    _, given = workers.prepared("lora")
+    with torch.no_grad():
+        return tiny.build("bert", workers.CLS)(**given)["logits"]
+
+
+def compare(found: list[Any], method: str) -> None:
+    """Every process has the gradients and tensors that one process has; the losses have its loss as mean."""
+    losses, gradients, tensors = alone(method)
+    mean = torch.tensor([each[0] for each in found]).mean(0)
+    assert torch.allclose(mean, torch.tensor(losses), atol=1e-5)
+    for each in found:
+        assert each[1].keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            if gradient is None:
+                assert each[1][key] is None, key
+            else:
+                assert gradient.any() and torch.allclose(each[1][key], gradient, atol=1e-5), key
+            assert torch.allclose(each[2][key], tensors[key], atol=1e-5), key
+        assert torch.allclose(each[3], bare(), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "vera[r=4]"])
+def test_data_parallel(method: str, tmp_path: Path) -> None:
+    compare(spawn(workers.data_parallel, method, tmp_path), method)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "dora"])
+def test_fully_sharded(method: str, tmp_path: Path) -> None:
+    """Sharding swaps classes too: detach refuses, it would take sharded tensors out of their groups."""
+    found = spawn(workers.sharded, method, tmp_path)
+    compare([each[:4] for each in found], method)
+    assert [each[4] for each in found] == ["wrapped-on-top"] * workers.WORLD
+
+
+def test_shared_tensors_that_are_sharded_with_one_layer(tmp_path: Path) -> None:
+    found = spawn(workers.sharded_apart, "vera[r=4]", tmp_path)
+    assert found == ["shared-apart"] * workers.WORLD

@@ -1,0 +1,120 @@
+"""What the processes of the distributed tests run. A module of its own, since spawned processes import it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import adapterkit as ak
+from tests.mechanisms.scene import attach
+from tests.models import tiny
+
+CLS, WORLD, BATCH, STEPS, RATE = "BertForSequenceClassification", 2, 4, 3, 0.1
+LIMIT = 240  # seconds
+Given = dict[str, Tensor]
+
+
+def prepared(method: str) -> tuple[nn.Module, Given]:
+    """The same adapted model and the same batch in every process."""
+    model = tiny.build("bert", CLS).train()
+    attach(model, method)
+    return model, tiny.inputs("bert", CLS, batch=BATCH, padded=False, labels=True)
+
+
+def share(given: Given, rank: int) -> Given:
+    """The examples of one process."""
+    size = BATCH // WORLD
+    return {key: value[rank * size : (rank + 1) * size] for key, value in given.items()}
+
+
+def optimise(model: nn.Module, given: Given) -> list[float]:
+    """A few steps of plain gradient descent. Returns the losses."""
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    losses = []
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        loss = model(**given)["loss"]
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+def join(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=LIMIT)
+    )
+
+
+def finish(rank: int, directory: str, found: Any) -> None:
+    torch.save(found, Path(directory) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """A sharded tensor from all processes together."""
+    found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return None if found is None else found.detach().clone()
+
+
+def data_parallel(rank: int, port: int, directory: str, method: str) -> None:
+    join(rank, port)
+    model, given = prepared(method)
+    wrapped = DistributedDataParallel(model)
+    kit = ak.of(wrapped)
+    losses = optimise(wrapped, share(given, rank))
+    with kit.disabled(), torch.no_grad():
+        bare = wrapped(**given)["logits"]
+    gradients = {key: p.grad for key, p in kit["a"].named_parameters()}
+    finish(rank, directory, (losses, gradients, kit["a"].state_dict(), bare))
+
+
+def shard(model: nn.Module) -> None:
+    """Each layer for itself, the rest together."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def sharded_apart(rank: int, port: int, directory: str, method: str) -> None:
+    join(rank, port)
+    model, given = prepared(method)
+    shard(model)
+    code = ""
+    try:
+        model(**given)
+    except ak.errors.PlanError as error:
+        code = error.code
+    finish(rank, directory, code)
+
+
+def sharded(rank: int, port: int, directory: str, method: str) -> None:
+    join(rank, port)
+    model, given = prepared(method)
+    shard(model)
+    assert any(isinstance(p, DTensor) for p in ak.of(model)["a"].parameters())
+    losses = optimise(model, share(given, rank))
+    kit = ak.of(model)
+    gradients = {key: whole(p.grad) for key, p in kit["a"].named_parameters()}
+    tensors = {key: whole(p) for key, p in kit["a"].named_parameters()}
+    with kit.disabled(), torch.no_grad():
+        bare = model(**given)["logits"]
+    try:
+        kit.detach()
+        code = ""
+    except ak.errors.PlanError as error:
+        code = error.code
+    finish(rank, directory, (losses, gradients, tensors, bare, code))
