@@ -135,6 +135,11 @@ def describe(
         heads=heads,
         missing=selection.missing,
         parameters=trained,
-        head_parameters=sum(p.numel() for head in heads for p in head.module.parameters()),
+        head_parameters=sum(
+            parameter.numel()
+            for head in heads
+            for path, parameter in head.module.named_parameters()
+            if "adapterkit" not in path.split(".")  # the copies of other adapters
+        ),
         base_parameters=blueprint.parameters,
     )
