@@ -96,7 +96,7 @@ def parse(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
     if isinstance(method, MethodConfig):
         return method
     if isinstance(method, str):
-        return union([_shorthand(part) for part in _split(method, "|")])
+        return union([_shorthand(part) for part in _split(method, "|") or [method]])
     if isinstance(method, Mapping):
         given = dict(method)
         return _make(str(given.pop("method", "")), given)
