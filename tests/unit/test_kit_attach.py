@@ -17,7 +17,7 @@ from tests.models import tiny
 from tests.unit.kit_scene import bert, move, picture, refused, run, trained
 
 
-class Broken(Exception):
+class AccidentError(Exception):
     """An accident in the middle of something."""
 
 
@@ -27,7 +27,7 @@ def breaking(function: Any, at: int) -> Any:
 
     def wrapped(*args: Any, **options: Any) -> Any:
         if next(calls) == at:
-            raise Broken
+            raise AccidentError
         return function(*args, **options)
 
     return wrapped
@@ -49,7 +49,7 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(
     model.bert.pooler.requires_grad_(False)
     before, flags, output = picture(model), trained(model), run(model)
     monkeypatch.setattr(room, name, breaking(getattr(room, name), at))
-    with pytest.raises(Broken):
+    with pytest.raises(AccidentError):
         ak.attach(model, "lora[targets=all]")
     monkeypatch.undo()
     assert picture(model) == before
@@ -73,7 +73,7 @@ def test_a_replacement_that_fails_keeps_the_old_adapter(monkeypatch: pytest.Monk
     output = move(kit, "default")
     before = modules(kit.model)
     monkeypatch.setattr(injector, "open_site", breaking(injector.open_site, at))
-    with pytest.raises(Broken):
+    with pytest.raises(AccidentError):
         kit.attach("lora[targets=all]", replace=True)
     monkeypatch.undo()
     assert modules(kit.model) == before
@@ -86,7 +86,7 @@ def test_a_model_with_two_stacks_is_left_as_it_was(monkeypatch: pytest.MonkeyPat
     model = tiny.build("bart")
     before = picture(model)
     monkeypatch.setattr(injector, "open_site", breaking(injector.open_site, at))
-    with pytest.raises(Broken):  # 4 + 8 slots in 2 x 2 layers of q and v: then the two entries
+    with pytest.raises(AccidentError):  # 4 + 8 slots in 2 x 2 layers of q and v: then the two entries
         ak.attach(model, "lora[targets=[q, o, up, down]]")
     assert picture(model) == before
 
@@ -96,7 +96,7 @@ def test_a_second_adapter_that_fails_leaves_the_first(monkeypatch: pytest.Monkey
     output = move(kit, "a")
     before = picture(kit.model)
     monkeypatch.setattr(injector, "open_site", breaking(injector.open_site, 3))
-    with pytest.raises(Broken):
+    with pytest.raises(AccidentError):
         kit.attach("ia3", name="b")
     assert picture(kit.model) == before
     assert list(kit) == ["a"]

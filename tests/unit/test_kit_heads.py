@@ -1,0 +1,170 @@
+"""Heads: each adapter owns its copy, the model's own is never written, none is ever left at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.errors import FileFormatError, PlanError
+from tests.models import tiny
+from tests.unit.kit_scene import CLS, bert, move, refused, run
+
+LABELS = tiny.inputs("bert", CLS, labels=True)
+
+
+def head_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own head."""
+    return {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if key.startswith("classifier.") and ".adapterkit." not in key
+    }
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def step(kit: ak.Kit, name: str) -> None:
+    """One step of training."""
+    kit.activate(name)
+    optimizer = torch.optim.SGD(kit[name].parameters(), lr=0.5)
+    kit.model(**LABELS).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_each_adapter_trains_its_own_copy_of_the_head() -> None:
+    kit = ak.attach(bert(), "lora", name="a").attach("lora", name="b")
+    before, output = head_of(kit.model), run(bert())
+    assert all(
+        torch.equal(kit[name].heads["head.classifier"].weight, before["classifier.weight"]) for name in "ab"
+    )
+    step(kit, "a")
+    step(kit, "a")
+    step(kit, "b")
+    assert same(head_of(kit.model), before)
+    own = {name: kit[name].heads["head.classifier"].weight for name in "ab"}
+    assert not torch.equal(own["a"], own["b"])
+    assert not any(torch.equal(weight, before["classifier.weight"]) for weight in own.values())
+    with kit.disabled():
+        assert torch.equal(run(kit.model), output)
+    kit.detach()
+    assert torch.equal(run(kit.model), output)
+
+
+def test_using_switches_the_head() -> None:
+    kit = ak.attach(bert(), "lora", name="a").attach("lora", name="b").attach("lora", name="c", head=False)
+    outputs = {}
+    for value, name in enumerate("ab", start=1):
+        head = kit[name].heads["head.classifier"]
+        nn.init.zeros_(head.weight)
+        nn.init.constant_(head.bias, value)
+        with kit.using(name):
+            outputs[name] = run(kit.model)
+    assert (outputs["a"] == 1).all()
+    assert (outputs["b"] == 2).all()
+    assert kit["c"].heads == {}
+    kit.activate("c")
+    assert torch.equal(run(kit.model), run(bert()))
+
+
+def test_a_head_of_several_modules_and_the_path_to_the_vocabulary() -> None:
+    roberta = ak.attach(tiny.build("roberta", "RobertaForSequenceClassification"), "lora")["default"]
+    assert list(roberta.heads) == ["head.classifier"]
+    assert {name for name, _ in roberta.heads["head.classifier"].named_parameters()} == {
+        "dense.weight",
+        "dense.bias",
+        "out_proj.weight",
+        "out_proj.bias",
+    }
+    for row, cls in (("bert", "BertForMaskedLM"), ("llama", "LlamaForCausalLM"), ("bert", "BertModel")):
+        model = tiny.build(row, cls)
+        assert ak.plan(model, "lora").heads == ()
+        assert ak.plan(model, "lora", head=False).heads == ()
+        refused(PlanError, "no-head", ak.attach, model, "lora", head=True)
+
+
+def test_saved_heads_and_poolers_come_back_into_a_newly_initialised_model(tmp_path: Path) -> None:
+    kit = ak.attach(bert(), "lora", name="a")
+    output = move(kit, "a")
+    kit.save(tmp_path / "a")
+    model = bert()
+    for module in (model.classifier, model.bert.pooler.dense):
+        nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(9))
+    own, plain = {key: value.clone() for key, value in model.state_dict().items()}, run(model)
+    loaded = ak.load(model, tmp_path / "a")
+    assert torch.equal(run(model), output)
+    assert list(loaded["a"].poolers) == ["encoder.pooler"]
+    assert not any(
+        tensor.requires_grad for tensor in loaded.train()["a"].poolers["encoder.pooler"].parameters()
+    )
+    with loaded.disabled():
+        assert torch.equal(run(model), plain)
+    loaded.detach()
+    assert same(own, model.state_dict())
+    assert ak.load(bert(), tmp_path / "a")["a"].poolers == {}
+
+
+def test_merge_and_detach_keeps_the_head_and_the_pooler_of_the_adapter(tmp_path: Path) -> None:
+    kit = ak.attach(bert(), "lora", name="a")
+    output = move(kit, "a")
+    kit.save(tmp_path / "a")
+    model = bert()
+    nn.init.normal_(model.bert.pooler.dense.weight, generator=torch.Generator().manual_seed(9))
+    model = ak.load(model, tmp_path / "a").merge_and_detach("a")
+    torch.testing.assert_close(run(model), output, rtol=1e-5, atol=1e-6)
+    assert same(
+        {"classifier.weight": kit["a"].heads["head.classifier"].weight},
+        dict(list(head_of(model).items())[:1]),
+    )
+
+
+def test_a_head_with_another_number_of_labels_is_refused(tmp_path: Path) -> None:
+    ak.attach(bert(), "lora", name="a").save(tmp_path / "a")
+    model = bert(num_labels=5)
+    output = run(model)
+    error = refused(FileFormatError, "head-shape", ak.load, model, tmp_path / "a")
+    assert {problem.code for problem in error.problems} == {"other-shape", "head-shape"}
+    assert "or head=False" in str(error)
+    assert torch.equal(run(model), output)
+    refused(ak.errors.NotAttachedError, "not-attached", ak.of, model)
+    assert ak.load(model, tmp_path / "a", head=False)["a"].heads == {}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "code"),
+    [
+        (CLS, "BertModel", "head-unknown"),
+        ("BertModel", CLS, "head-missing"),
+        (CLS, "BertForQuestionAnswering", None),
+    ],
+)
+def test_a_file_with_other_heads_than_the_model_is_refused(
+    tmp_path: Path, saved: str, loaded: str, code: str | None
+) -> None:
+    kit = ak.attach(bert(saved), "lora", name="a")
+    kit.save(tmp_path / "a")
+    model = bert(loaded)
+    with pytest.raises(FileFormatError) as caught:
+        ak.load(model, tmp_path / "a")
+    assert {problem.code for problem in caught.value.problems} == (
+        {code} if code else {"head-unknown", "head-missing"}
+    )
+    assert "head=False" in str(caught.value)
+    found = ak.load(model, tmp_path / "a", head=False)["a"].state_dict()
+    assert found
+    assert all(torch.equal(value, kit["a"].state_dict()[key]) for key, value in found.items())
+
+
+def test_a_head_can_be_left_out_of_the_file(tmp_path: Path) -> None:
+    kit = ak.attach(bert(), "lora", name="a")
+    kit.save(tmp_path / "a", head=False)
+    error = refused(FileFormatError, "head-missing", ak.load, bert(), tmp_path / "a")
+    assert "the model has a head 'classifier' that the file lacks" in str(error)
+    loaded = ak.load(bert(), tmp_path / "a", head=False)
+    assert loaded["a"].heads == {} and loaded["a"].poolers == {}
