@@ -195,7 +195,7 @@ def test_while_merged_nothing_else_is_changed(kit: ak.Kit, outputs: dict[str, Te
         lambda: kit.detach("b"),
         lambda: kit.merge_and_detach("b"),
         lambda: kit.verify(**INPUTS),
-        lambda: kit.model.state_dict(),
+        kit.model.state_dict,
     ):
         assert "'a' is merged" in str(refused(PlanError, "merged", call))
     assert picture(kit.model) == before
