@@ -56,6 +56,8 @@ def programs(
             found[step.path] = old._replace(entry=(*old.entry, step.key))
         elif step.acts_on == "input":
             found[step.path] = old._replace(inputs=(*old.inputs, step.key))
+        elif step.acts_on == "kernel":
+            found[step.path] = old._replace(kernel=(*old.kernel, step.key))
         else:
             found[step.path] = old._replace(outputs=(*old.outputs, step.key))
     return found

@@ -42,7 +42,7 @@ from adapterkit.liveness import Liveness, examine
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
-from adapterkit.methods.targets import Layers
+from adapterkit.methods.targets import Layers, Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import named_parameters
 from adapterkit.planning import Draft, Plan, build, choose, describe
@@ -408,6 +408,25 @@ class Kit(Mapping[str, Adapter]):
             yield override.record
         finally:
             override.record = before
+
+    def eject(self, name: str) -> Kit:
+        """Turn the prefixes of an adapter into flat ones: trained as they are, without the MLP that made them.
+
+        Outputs stay the same, bit for bit.
+        Raises: PlanError: the adapter has no prefix that is not flat.
+        """
+        adapter = self[name]
+        found = adapter.config.flattened(adapter.plan.slots, adapter.units, adapter.shared)
+        if found is None:
+            message = f"{name!r} has no prefix that comes from an MLP"
+            raise PlanError(Problem("nothing-to-eject", message, expected="an adapter with prefix_tuning that is not flat"))
+        config, units, shared = found
+        selection = Selection(adapter.plan.slots, adapter.plan.missing)
+        draft = Draft(units, shared)
+        plan = describe(self.blueprint, config, name, selection, adapter.plan.heads, draft)
+        places = {place.address: place for place in (*self.blueprint.heads, *self.blueprint.poolers)}
+        heads, poolers = ({places[a]: m for a, m in own.items()} for own in (adapter.heads, adapter.poolers))
+        return self._install(plan, draft, heads, poolers, activate=False, trainable=adapter.trainable)
 
     # -- merging and leaving
 

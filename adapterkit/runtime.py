@@ -17,6 +17,8 @@ class Program(NamedTuple):
     outputs: tuple[str, ...] = ()
     entry: tuple[str, ...] = ()
     """Keys of units that see all arguments before the host runs."""
+    kernel: tuple[str, ...] = ()
+    """Keys of units whose keys and values come first in the attention of the host."""
     instead: str | None = None
     """Key of a module that is called in place of the host: a head of the adapter's own."""
     before: str | None = None

@@ -12,7 +12,7 @@ from adapterkit.errors import PlanError, Problem
 from adapterkit.inject import entry
 from adapterkit.inject.site import CHILD, Site, check, check_unwrapped, close_site, open_site, site_of
 from adapterkit.inject.state import slug
-from adapterkit.methods.base import Helper
+from adapterkit.methods.base import Helper, Unit
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.runtime import Runtime
 
@@ -102,16 +102,17 @@ def inject(
         check(host, path)
     opened: list[tuple[str, nn.Module]] = []
 
-    def opening(host: nn.Module, path: str) -> Site:
+    def opening(host: nn.Module, path: str, unit: nn.Module | None = None) -> Site:
         is_new = CHILD not in host._modules
-        site = open_site(host, path, runtime)
+        said = (unit.kernel, unit.eager) if isinstance(unit, Unit) else (None, None)
+        site = open_site(host, path, runtime, *said)
         if is_new:
             opened.append((path, host))
         return site
 
     try:
         for path, host, address, module in plan:
-            site = opening(host, path)
+            site = opening(host, path, module)
             key = slug(name, address)
             if key in site._modules:
                 message = f"{name!r} and {address!r} give a key that is taken: {key!r}"

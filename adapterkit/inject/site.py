@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
+from adapterkit.inject import attention
 from adapterkit.runtime import Program, Runtime
+from adapterkit.spec.schema import Kernel
 
 CHILD = "adapterkit"
 
@@ -63,15 +65,16 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
             return units[program.instead](*args, **kwargs)
         for key in program.entry:
             args, kwargs = units[key](args, kwargs, self, site.runtime.override.flow)
+        run = partial(attention.run, original, program.kernel) if program.kernel else original
         if not args:  # called by keyword
             if not (program.inputs or program.outputs):
-                return original(self, **kwargs)
+                return run(self, **kwargs)
             return forward(self, kwargs.pop(next(iter(kwargs))), **kwargs)
         x = args[0]
         for key in program.inputs:
             unit = units[key]
             x = unit(x, _Seen(self) if "_hf_hook" in unit.__dict__ else self)
-        out = original(self, x, *args[1:], **kwargs)
+        out = run(self, x, *args[1:], **kwargs)
         for key in program.outputs:
             unit = units[key]
             out = unit(out, x, _Seen(self) if "_hf_hook" in unit.__dict__ else self)
@@ -94,15 +97,20 @@ def _call(base: type[nn.Module]) -> Callable[..., Any]:
     return call
 
 
-def _rebuild(base: Any) -> nn.Module:
-    cls = adapted(base)
+def _rebuild(base: Any, *attended: Any) -> nn.Module:
+    cls = adapted(base, *attended)
     module: nn.Module = cls.__new__(cls)
     return module
 
 
 @cache
-def adapted(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` whose forward runs the site. It keeps the names that other libraries look at."""
+def adapted(
+    base: type[nn.Module], kernel: Kernel | None = None, eager: str | None = None
+) -> type[nn.Module]:
+    """The subclass of `base` whose forward runs the site. It keeps the names that other libraries look at.
+
+    Args: kernel, eager: how the class computes attention, where the interface says it.
+    """
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -110,7 +118,8 @@ def adapted(base: type[nn.Module]) -> type[nn.Module]:
         "_adapterkit_base": base,
         "forward": _forward(base),
         # the class itself cannot be found by name when unpickling
-        "__reduce_ex__": lambda self, protocol: (_rebuild, (base,), self.__getstate__()),
+        "__reduce_ex__": lambda self, protocol: (_rebuild, (base, kernel, eager), self.__getstate__()),
+        **attention.namespace(base, kernel, eager),
     }
     if hasattr(base, "gradient_checkpointing"):
         # such a layer decides within its call (some versions: in `__call__`) what is run again in backward
@@ -142,15 +151,20 @@ def check(module: nn.Module, path: str) -> None:
         raise PlanError(Problem("wrapped-forward", f"{path} already has a child named {CHILD!r}"))
 
 
-def open_site(module: nn.Module, key: str, runtime: Runtime) -> Site:
+def open_site(
+    module: nn.Module, key: str, runtime: Runtime, kernel: Kernel | None = None, eager: str | None = None
+) -> Site:
     """Make a module a site, or give back the one it is."""
     site = site_of(module)
     if site is None:
         site = Site(key, runtime)
         site.training = module.training
         cls: Any = type(module)
-        _become(module, adapted(cls))  # first: Python may refuse it
+        _become(module, adapted(cls, kernel, eager))  # first: Python may refuse it
         module._modules[CHILD] = site
+    elif kernel is not None or eager is not None:
+        cls = base_class(module)
+        _become(module, adapted(cls, kernel, eager))
     return site
 
 

@@ -14,6 +14,7 @@ from adapterkit.methods import flow
 from adapterkit.methods.targets import Selection, select, select_branches
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import Branch, branches
+from adapterkit.spec.schema import Kernel
 
 
 def _as_tuple(value: Any) -> Any:
@@ -32,12 +33,17 @@ class Unit(nn.Module, ABC):
     """The trained part of a method at one slot.
 
     An `input` unit maps the input of its host: forward(x, host) -> x. An `output` unit maps its output:
-    forward(out, x, host) -> out; it may write into `out` where `in_place` says so.
+    forward(out, x, host) -> out; it may write into `out` where `in_place` says so. A `kernel` unit gives the attention
+    that its host computes keys and values of its own: forward(x) -> (key, value).
     """
 
-    acts_on: ClassVar[Literal["input", "output"]] = "output"
+    acts_on: ClassVar[Literal["input", "output", "kernel"]] = "output"
     phase: ClassVar[int] = 0
     """Order among the units of one host: 0 changes the linear map, 2 the branch that it ends."""
+    kernel: Kernel | None = None
+    """The method of the host that computes attention, where the interface names one."""
+    eager: str | None = None
+    """Name of the host's eager attention function, where the interface says it."""
 
     def refuses_merge(self) -> str | None:
         """Why the unit cannot be folded into the weight exactly, None if it can."""
@@ -95,6 +101,12 @@ class MethodConfig(BaseModel, ABC):
     def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
         """What the units need elsewhere."""
         return []
+
+    def flattened(
+        self, slots: Sequence[Slot], units: Mapping[str, Unit], shared: Shared | None
+    ) -> tuple[MethodConfig, dict[str, Unit], Shared | None] | None:
+        """The same adapter without its reparametrisation: config, units and shared tensors; None: it has none."""
+        return None
 
     def replace(self, **changes: Any) -> Self:
         """The same config with some options changed (and checked)."""

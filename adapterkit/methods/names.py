@@ -18,6 +18,7 @@ from adapterkit.methods.ia3 import IA3Config
 from adapterkit.methods.invertible import InvertibleConfig
 from adapterkit.methods.lora import LoRAConfig
 from adapterkit.methods.mtl_lora import MTLLoRAConfig
+from adapterkit.methods.prefix import PrefixTuningConfig
 from adapterkit.methods.reft import ReFTConfig
 from adapterkit.methods.union import UnionConfig, union
 from adapterkit.methods.vera import VeRAConfig
@@ -37,6 +38,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         BottleneckConfig,
         CompacterConfig,
         ReFTConfig,
+        PrefixTuningConfig,
         InvertibleConfig,
         UnionConfig,
         FusionConfig,
@@ -73,6 +75,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "compacter++": ("compacter", {"locations": ("mlp",)}),
     "seq_bn_inv": ("union", {"configs": ("seq_bn", "invertible")}),
     "double_seq_bn_inv": ("union", {"configs": ("double_seq_bn", "invertible")}),
+    "prefix_tuning_flat": ("prefix_tuning", {"flat": True}),
     "loreft": ("reft", {}),
     "noreft": ("reft", {"orthogonal": False}),
     "direft": ("reft", {"orthogonal": False, "subtract_projection": False}),

@@ -72,6 +72,25 @@ class UnionConfig(MethodConfig):
         }
         return SharedUnion(found) if found else None
 
+    def flattened(
+        self, slots: Sequence[Slot], units: Mapping[str, Unit], shared: Shared | None
+    ) -> tuple[MethodConfig, dict[str, Unit], Shared | None] | None:
+        configs, all_units, kept, changed = [], dict(units), {}, False
+        for index, (config, own) in enumerate(self.members(slots)):
+            theirs = {slot.address: units[f"{index}:{slot.address}"] for slot in own}
+            has = isinstance(shared, SharedUnion) and str(index) in shared.members
+            part: Any = shared.members[str(index)] if has and isinstance(shared, SharedUnion) else None
+            found = config.flattened(own, theirs, part)
+            if found is not None:
+                config, theirs, part = found
+                all_units |= {f"{index}:{address}": unit for address, unit in theirs.items()}
+                changed = True
+            configs.append(config)
+            if part is not None:
+                kept[str(index)] = part
+        whole = UnionConfig(configs=tuple(configs))
+        return (whole, all_units, SharedUnion(kept) if kept else None) if changed else None
+
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         index, _, address = slot.address.partition(":")
         own: Any = (

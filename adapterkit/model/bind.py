@@ -96,7 +96,8 @@ def _bind(here: Here, said: Sublayer) -> None:
     if isinstance(said, Attention):
         word = str(here.sublayer)
         here.draft.kernels[word], here.draft.eager[word] = said.kernel, said.eager
-        here.draft.sizes[word] = _head_counts(here.at("sizes"), said.sizes, core)
+        *heads, head_dim = _head_sizes(here.at("sizes"), said.sizes, core)
+        here.draft.sizes[word], here.draft.head_dims[word] = (heads[0], heads[1]), head_dim
     if said.fused is not None:
         host = here.find(said.fused.path, "fused", "path")
         if host:
@@ -179,8 +180,10 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
         )
 
 
-def _head_counts(here: Here, said: Sizes | None, core: Found | None) -> tuple[int | None, int | None]:
-    """(query heads, key/value heads): what the spec says, else what config or core show."""
+def _head_sizes(
+    here: Here, said: Sizes | None, core: Found | None
+) -> tuple[int | None, int | None, int | None]:
+    """(query heads, key/value heads, width of a head): what the spec says, else what config or core show."""
     holders = [holder for holder in (here.config, core.module if core else None) if holder is not None]
 
     def look(word: str, usual: tuple[str, ...]) -> int | None:
@@ -197,6 +200,5 @@ def _head_counts(here: Here, said: Sizes | None, core: Found | None) -> tuple[in
             here.note("unknown-config-field", fact, words=(word,))
         return None
 
-    look("head_dim", ())
-    heads = look("heads", _HEADS)
-    return heads, look("kv_heads", _KV_HEADS) or heads
+    head_dim, heads = look("head_dim", ()), look("heads", _HEADS)
+    return heads, look("kv_heads", _KV_HEADS) or heads, head_dim

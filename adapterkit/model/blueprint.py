@@ -57,6 +57,8 @@ class StackInfo:
     eager: Mapping[str, str | None]
     sizes: Mapping[str, tuple[int | None, int | None]]
     """sublayer -> (query heads, key/value heads), as far as known."""
+    head_dims: Mapping[str, int | None] = field(default_factory=dict)
+    """sublayer -> width of one head, where the interface says it."""
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,7 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
         kernels=draft.kernels,
         eager=draft.eager,
         sizes=draft.sizes,
+        head_dims=draft.head_dims,
     )
     return info, draft
 

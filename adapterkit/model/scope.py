@@ -41,6 +41,7 @@ class Draft:
     kernels: dict[str, Any] = field(default_factory=dict)
     eager: dict[str, str | None] = field(default_factory=dict)
     sizes: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    head_dims: dict[str, int | None] = field(default_factory=dict)
 
     def absorb(self, other: Draft) -> None:
         self.slots |= other.slots
@@ -51,6 +52,7 @@ class Draft:
         self.kernels |= other.kernels
         self.eager |= other.eager
         self.sizes |= other.sizes
+        self.head_dims |= other.head_dims
 
 
 class Scope:

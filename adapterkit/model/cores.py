@@ -1,0 +1,69 @@
+"""Attention cores: the modules that compute attention from q, k and v, as slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.spec.schema import Kernel
+
+_SUBLAYERS = ("attention", "cross_attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Core(Slot):
+    """The core of one attention sublayer; `shape` is (K (E_k + E_v), D): keys and values of one token."""
+
+    kv_heads: int
+    """K key/value heads. A size that nothing shows is 0, here and below."""
+    key_dim: int
+    value_dim: int
+    width: int
+    """D, the width of the stream that is asked from."""
+    kernel: Kernel | None
+    eager: str | None
+
+    @property
+    def location(self) -> str:
+        """The same for all layers: 'encoder.attention'."""
+        return f"{self.stack}.{self.sublayer}"
+
+
+def cores(blueprint: Blueprint) -> dict[str, Core]:
+    """Every attention core of the model by its address, `<stack>.<layer>.<sublayer>.core`."""
+    found = {}
+    for stack in blueprint.stacks.values():
+        for index in range(stack.num_layers):
+            for sublayer in _SUBLAYERS:
+                place = blueprint.places.get(f"{stack.address}.{index}.{sublayer}.core")
+                if place is not None:
+                    found[place.address] = _core(blueprint, place)
+    return found
+
+
+def _core(blueprint: Blueprint, place: Slot) -> Core:
+    sublayer, info = str(place.sublayer), blueprint.stacks[place.stack]
+    _, kv_heads = info.sizes.get(sublayer, (None, None))
+    said = info.head_dims.get(sublayer) or 0
+    roles = [blueprint.slots.get(f"{place.sublayer_address}.{role}") for role in ("k", "v", "q", "fused")]
+    key, value, *others = ((slot.shape if slot is not None else None) for slot in roles)
+    dims = [shape[0] // kv_heads if shape and kv_heads else said for shape in (key, value)]
+    width = next((shape[1] for shape in (*others, key) if shape), 0)
+    return Core(
+        address=place.address,
+        role="core",
+        stack=place.stack,
+        layer=place.layer,
+        sublayer=place.sublayer,
+        module=place.module,
+        path=place.path,
+        shape=((kv_heads or 0) * sum(dims), width),
+        batch=place.batch,
+        was=place.was,
+        kv_heads=kv_heads or 0,
+        key_dim=dims[0],
+        value_dim=dims[1],
+        width=width,
+        kernel=info.kernels.get(sublayer),
+        eager=info.eager.get(sublayer),
+    )
