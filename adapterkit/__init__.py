@@ -33,6 +33,7 @@ _HOMES = {
     "BottleneckConfig": "adapterkit.methods.bottleneck",
     "CompacterConfig": "adapterkit.methods.compacter",
     "InvertibleConfig": "adapterkit.methods.invertible",
+    "PromptTuningConfig": "adapterkit.methods.prompt",
     "ReFTConfig": "adapterkit.methods.reft",
     "UnionConfig": "adapterkit.methods.union",
     "errors": "adapterkit.errors",
@@ -53,6 +54,7 @@ __all__ = [
     "LoRAConfig",
     "MTLLoRAConfig",
     "Plan",
+    "PromptTuningConfig",
     "ReFTConfig",
     "UnionConfig",
     "VeRAConfig",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from adapterkit.methods.invertible import InvertibleConfig
     from adapterkit.methods.lora import LoRAConfig
     from adapterkit.methods.mtl_lora import MTLLoRAConfig
+    from adapterkit.methods.prompt import PromptTuningConfig
     from adapterkit.methods.reft import ReFTConfig
     from adapterkit.methods.union import UnionConfig
     from adapterkit.methods.vera import VeRAConfig

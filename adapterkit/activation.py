@@ -58,6 +58,8 @@ def programs(
             found[step.path] = old._replace(inputs=(*old.inputs, step.key))
         elif step.acts_on == "kernel":
             found[step.path] = old._replace(kernel=(*old.kernel, step.key))
+        elif step.acts_on == "held":
+            found[step.path] = old._replace(held=(*old.held, step.key))
         else:
             found[step.path] = old._replace(outputs=(*old.outputs, step.key))
     return found

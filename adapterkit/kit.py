@@ -269,6 +269,7 @@ class Kit(Mapping[str, Adapter]):
             self.model.register_load_state_dict_pre_hook(place_tensors),
             self.model.register_state_dict_pre_hook(_refuse_merged_state),
             self.model.register_forward_pre_hook(self._top, with_kwargs=True),
+            self.model.register_forward_hook(self._top.leave),
         ]
         self.model.__dict__[ATTRIBUTE] = self
 

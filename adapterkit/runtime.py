@@ -19,6 +19,8 @@ class Program(NamedTuple):
     """Keys of units that see all arguments before the host runs."""
     kernel: tuple[str, ...] = ()
     """Keys of units whose keys and values come first in the attention of the host."""
+    held: tuple[str, ...] = ()
+    """Keys of units that the site itself does not run: units elsewhere ask for them."""
     instead: str | None = None
     """Key of a module that is called in place of the host: a head of the adapter's own."""
     before: str | None = None

@@ -40,8 +40,8 @@ def _checkpoints_reentrantly(layer: nn.Module) -> bool:
 
 
 class Top:
-    """What a site is elsewhere, for the model itself: its class is never swapped, so it is told by a forward
-    pre-hook.
+    """What a site is elsewhere, for the model itself: its class is never swapped, so it is told by forward
+    hooks.
 
     A hook that comes after the first compiled call would be ignored; every adapter that needs one also swaps
     a class inside, which makes the compiler look again.
@@ -62,3 +62,16 @@ class Top:
         for key in program.entry if program is not None else ():
             args, kwargs = self.units[key](args, kwargs, model, override.flow)
         return args, kwargs
+
+    @property
+    def adapterkit(self) -> Top:
+        """The site, as units that are called behind the model look for it."""
+        return self
+
+    def leave(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        """The same behind the model, as a forward hook."""
+        override = self.runtime.override
+        program = self.program if override.programs is None else override.programs.get(self.key)
+        for key in program.outputs if program is not None else ():
+            out = self.units[key](out, args[0] if args else None, self)
+        return out

@@ -61,20 +61,20 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         if program is None:
             return original(self, *args, **kwargs)
         units = site._modules
-        if program.instead is not None:
-            return units[program.instead](*args, **kwargs)
         for key in program.entry:
             args, kwargs = units[key](args, kwargs, self, site.runtime.override.flow)
+        if program.instead is not None:
+            return units[program.instead](*args, **kwargs)
         run = partial(attention.run, original, program.kernel) if program.kernel else original
-        if not args:  # called by keyword
-            if not (program.inputs or program.outputs):
-                return run(self, **kwargs)
-            return forward(self, kwargs.pop(next(iter(kwargs))), **kwargs)
-        x = args[0]
+        name = "" if args else next(iter(kwargs), "")
+        x = args[0] if args else kwargs.get(name)
         for key in program.inputs:
             unit = units[key]
             x = unit(x, _Seen(self) if "_hf_hook" in unit.__dict__ else self)
-        out = run(self, x, *args[1:], **kwargs)
+        if name:  # called by keyword
+            out = run(self, **{**kwargs, name: x})
+        else:
+            out = run(self, x, *args[1:], **kwargs)
         for key in program.outputs:
             unit = units[key]
             out = unit(out, x, _Seen(self) if "_hf_hook" in unit.__dict__ else self)

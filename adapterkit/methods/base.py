@@ -33,11 +33,12 @@ class Unit(nn.Module, ABC):
     """The trained part of a method at one slot.
 
     An `input` unit maps the input of its host: forward(x, host) -> x. An `output` unit maps its output:
-    forward(out, x, host) -> out; it may write into `out` where `in_place` says so. A `kernel` unit gives the attention
+    forward(out, x, host) -> out; it may write into `out` where `in_place` says so. A `held` unit waits at its
+    host until a helper asks for it. A `kernel` unit gives the attention
     that its host computes keys and values of its own: forward(x) -> (key, value).
     """
 
-    acts_on: ClassVar[Literal["input", "output", "kernel"]] = "output"
+    acts_on: ClassVar[Literal["held", "input", "output", "kernel"]] = "output"
     phase: ClassVar[int] = 0
     """Order among the units of one host: 0 changes the linear map, 2 the branch that it ends."""
     kernel: Kernel | None = None

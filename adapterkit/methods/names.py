@@ -19,6 +19,7 @@ from adapterkit.methods.invertible import InvertibleConfig
 from adapterkit.methods.lora import LoRAConfig
 from adapterkit.methods.mtl_lora import MTLLoRAConfig
 from adapterkit.methods.prefix import PrefixTuningConfig
+from adapterkit.methods.prompt import PromptTuningConfig
 from adapterkit.methods.reft import ReFTConfig
 from adapterkit.methods.union import UnionConfig, union
 from adapterkit.methods.vera import VeRAConfig
@@ -38,6 +39,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         BottleneckConfig,
         CompacterConfig,
         ReFTConfig,
+        PromptTuningConfig,
         PrefixTuningConfig,
         InvertibleConfig,
         UnionConfig,

@@ -1,0 +1,185 @@
+"""Where a stack is entered, told of positions that are inserted: ids, mask, positions and aligned inputs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.errors import PlanError, Problem
+from adapterkit.methods.flow import Flow, base_forward, entry_place, given_arguments
+from adapterkit.methods.positions import Span, insert, key, shifted, start
+from adapterkit.model.blueprint import Blueprint, Slot, StackInfo
+
+EMBEDS = "inputs_embeds"
+FROM_IDS = "create_position_ids_from_input_ids"
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def takes(module: nn.Module, name: str | None) -> bool:
+    """Whether a module can be called with an argument."""
+    return name is not None and name in inspect.signature(base_forward(module)).parameters
+
+
+def embeds_at(blueprint: Blueprint, stack: str) -> Slot | None:
+    """The module that can be given embedded tokens in place of ids: that of the stack, or its embeddings."""
+    info = blueprint.stacks[stack]
+    entry, out = entry_place(blueprint, stack), blueprint.places.get(f"{stack}.embeddings.out")
+    if takes(entry.module, info.inputs.embeds):
+        return entry
+    return out if out is not None and takes(out.module, EMBEDS) else None
+
+
+def held(module: Any, stack: str) -> Any:
+    """The unit that waits at a module to be called for a stack, None if there is none."""
+    site = module.adapterkit
+    override = site.runtime.override.programs
+    program = site.program if override is None else override.get(site.key)
+    units = (site._modules[name] for name in (program.held if program is not None else ()))
+    return next((unit for unit in units if unit.stack == stack), None)
+
+
+class Widen(nn.Module):
+    """At the entry of a stack: make room for P positions, and put the prompt in if it takes embeddings.
+
+    Under a cache, the first step alone has room in it; later ones see the prompt among the keys, so that the
+    mask is widened in every step and positions are moved. Real tokens keep their order; the prompt is put
+    behind the padding on the left.
+    Raises: PlanError: there is a mask of another form than (B, T), or no position embedding for so many.
+    """
+
+    def __init__(self, info: StackInfo, count: int, offset: int, table: nn.Module | None, move: bool) -> None:
+        super().__init__()
+        self.stack, self.inputs = info.address, info.inputs
+        self.count, self.offset, self.move = count, offset, move
+        # in tuples, so that they are not registered a second time
+        self.tables = () if table is None else (table,)
+        self.blocks = tuple(m for m in info.root.modules() if hasattr(m, FROM_IDS))[:1]
+        self.limit = capacity(info) if move else None
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
+        flow.pop(key(self.stack), None)
+        given, names = given_arguments(module, args, kwargs), self.inputs
+        ids = given.get(names.ids) if names.ids else None
+        embeds = given.get(names.embeds) if names.embeds else None
+        tokens = ids if embeds is None else embeds
+        if tokens is None:
+            return args, kwargs
+        if tokens.ndim != (2 if embeds is None else 3):
+            message = f"{tokens.ndim} axes of tokens: a prompt is put into sequences (B, T)"
+            raise PlanError(Problem("unfit-input", message, self.stack))
+        cache: Any = given.get("past_key_values")
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        rows, length = tokens.shape[:2]
+        mask = self._mask(given)
+        index = start(mask, self.offset)
+        fresh, total = not past, (past or self.count) + length
+        if self.limit is not None and total > self.limit:
+            message = f"a prompt of {self.count} and {total - self.count} tokens, but {self.limit} positions"
+            raise PlanError(Problem("too-long", message, self.stack, "a shorter prompt, or shorter inputs"))
+        if mask is not None:
+            given[str(names.mask)] = insert(mask, mask.new_ones(1, self.count), index)
+        flow[key(self.stack)] = Span(index, self.count, total, fresh)
+        if not self.move:
+            return (), given
+        positions = self._positions(given, ids if embeds is None else None, past)
+        if positions is not None:
+            moved = (
+                shifted(positions, index, self.count, self.offset, rows) if fresh else positions + self.count
+            )
+            given[str(names.positions)] = moved
+        if not fresh:
+            return (), given
+        for name in names.aligned:
+            if given.get(name) is not None:
+                given[name] = insert(given[name], given[name].new_zeros(1, self.count), index)
+        if self.tables:
+            embeds = self.tables[0](ids) if embeds is None else embeds
+            given[str(names.embeds)] = held(self.tables[0], self.stack).put(embeds, flow)
+            given.pop(str(names.ids), None)
+        return (), given
+
+    def _mask(self, given: dict[str, Any]) -> torch.Tensor | None:
+        mask = given.get(self.inputs.mask) if self.inputs.mask else None
+        if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            return mask
+        message = f"{self.inputs.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
+        raise PlanError(Problem("unfit-input", message, self.stack))
+
+    def _positions(self, given: dict[str, Any], ids: torch.Tensor | None, past: int) -> torch.Tensor | None:
+        """The positions that are given, or those that the embeddings would count by the ids' padding."""
+        name = self.inputs.positions
+        positions = given.get(name) if name else None
+        if positions is None and name and ids is not None and not past and self.blocks:
+            block: Any = self.blocks[0]
+            positions = getattr(block, FROM_IDS)(ids, block.padding_idx)
+        return positions
+
+
+def capacity(info: StackInfo) -> int | None:
+    """How many positions the stack has learned, None if it has not learned any.
+
+    A table of positions is an embedding outside the layers that has a row for every position; those that
+    count from behind the padding index begin there.
+    """
+    most = getattr(getattr(info.root, "config", None), "max_position_embeddings", None)
+    inside = {id(module) for layer in info.layers for module in layer.modules()}
+    for path, module in info.root.named_modules():
+        if isinstance(module, nn.Embedding) and id(module) not in inside and isinstance(most, int):
+            if most <= module.num_embeddings <= most + 2 and "word" not in path and "token" not in path:
+                padding = -1 if module.padding_idx is None else module.padding_idx
+                return min(most, module.num_embeddings - padding - 1)
+    return None
+
+
+class Embed(nn.Module):
+    """At embeddings that can be given embedded tokens, in a stack that cannot: put the prompt among them."""
+
+    def __init__(self, stack: str, ids: str, table: nn.Module) -> None:
+        super().__init__()
+        self.stack, self.ids, self.tables = stack, ids, (table,)
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
+        given = given_arguments(module, args, kwargs)
+        embeds = self.tables[0](given.pop(self.ids))
+        return (), {**given, EMBEDS: held(self.tables[0], self.stack).put(embeds, flow)}
+
+
+class WidenLayer(nn.Module):
+    """At a layer of a stack that pools by its own mask: the layer alone is told of the prompt."""
+
+    def __init__(self, stack: str, mask: str, count: int, offset: int, is_first: bool) -> None:
+        super().__init__()
+        self.stack, self.mask, self.count, self.offset = stack, mask, count, offset
+        self.is_first = is_first
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
+        given = given_arguments(module, args, kwargs)
+        mask = given.get(self.mask)
+        if mask is not None and mask.ndim != 2:
+            message = f"{self.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
+            raise PlanError(Problem("unfit-input", message, self.stack))
+        index = start(mask, self.offset)
+        length = next(iter(given.values())).shape[1]
+        flow[key(self.stack)] = Span(index, self.count, length + self.count * self.is_first)
+        if mask is not None:
+            given[self.mask] = insert(mask, mask.new_ones(1, self.count), index)
+        return (), given
+
+
+class WidenRead(nn.Module):
+    """At the entry of a stack that reads another: its mask of the other's states, widened to their length."""
+
+    def __init__(self, states: str, mask: str, count: int, offset: int) -> None:
+        super().__init__()
+        self.states, self.mask, self.count, self.offset = states, mask, count, offset
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
+        given = given_arguments(module, args, kwargs)
+        states, mask = given.get(self.states), given.get(self.mask)
+        if states is not None and mask is not None and mask.shape[-1] + self.count == states.shape[1]:
+            index = start(mask, self.offset)
+            given[self.mask] = insert(mask, mask.new_ones(1, self.count), index)
+        return (), given

@@ -1,0 +1,265 @@
+"""Prompt tuning: trained vectors put into the sequence as if they were tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt
+from torch import nn
+
+from adapterkit.errors import ConfigError, PlanError, Problem
+from adapterkit.methods import entering
+from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Words
+from adapterkit.methods.flow import base_forward, entry_place, first, flow_of, with_first
+from adapterkit.methods.positions import Span, Strip, StripRead, insert, key
+from adapterkit.methods.targets import Selection
+from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.model.branches import layer_slots
+from adapterkit.model.embeddings import embedding_slots
+
+
+class PromptTuningConfig(MethodConfig):
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691)."""
+
+    method: ClassVar[str] = "prompt_tuning"
+
+    prompt_length: int = Field(default=10, ge=1, description="number P of trained vectors")
+    position: Literal["before", "after_first"] = Field(
+        default="before", description="before the first token, or behind it (BOS, CLS)"
+    )
+    init: Literal["random_uniform", "vocabulary", "from_text"] = Field(
+        default="random_uniform",
+        description="uniform numbers, random rows of the embedding table, or those of init_text_ids",
+    )
+    random_uniform_scale: float = Field(default=0.5, gt=0, description="numbers start in +-scale")
+    init_text_ids: tuple[NonNegativeInt, ...] = Field(
+        default=(), description="token ids of the text to start from, repeated or cut to the prompt's length"
+    )
+    insert: Literal["embeds", "out"] = Field(
+        default="embeds",
+        description="among the embedded tokens, or behind the whole embeddings, without a position embedding",
+    )
+    keep_positions: bool = Field(
+        default=False, description="outputs keep the prompt's positions, and poolers and heads read them"
+    )
+    stacks: Words | None = Field(
+        default=None, description="stacks that get a prompt; None: those that read no other"
+    )
+
+    def model_post_init(self, context: Any) -> None:
+        if (self.init == "from_text") != bool(self.init_text_ids):
+            raise ValueError("init='from_text' and init_text_ids need each other")
+
+    def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
+        return {f"{stack}.prompt": _host(blueprint, stack, self) for stack in blueprint.stacks}
+
+    def select(self, blueprint: Blueprint) -> Selection:
+        names = self.stacks
+        if names is None:
+            names = tuple(
+                name
+                for name, info in blueprint.stacks.items()
+                if info.by_default and not _sources(blueprint, name)
+            )
+        missing = [
+            Problem("unknown-stack", f"there is no stack {name!r}", expected=", ".join(blueprint.stacks))
+            for name in names
+            if name not in blueprint.stacks
+        ]
+        known = [name for name in names if name in blueprint.stacks]
+        return Selection(tuple(_host(blueprint, name, self) for name in known), tuple(missing))
+
+    def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
+        kinds = {"tokens": Prompt, "out": PromptBehind, "layer": PromptBefore}
+        return kinds[slot.role](slot, self, generator)
+
+    def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
+        return [helper for slot in slots for helper in _helpers(blueprint, slot, self)]
+
+
+class Prompt(Unit):
+    """P vectors of the width of the embeddings, which wait at the table until the stack is entered.
+
+    Source: Lester et al. 2021, arXiv:2104.08691, section 2: [P; X] in place of the embedded input X.
+    Shapes: x (B, T, D) -> (B, P + T, D); `embeds` (P, D).
+    """
+
+    acts_on: ClassVar[Literal["held", "input", "output"]] = "held"
+
+    def __init__(self, slot: Slot, config: PromptTuningConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.stack = slot.stack
+        self.offset = _offset(config)
+        width = (slot.shape or (1, 1))[0]
+        self.embeds = nn.Parameter(torch.empty(config.prompt_length, width))
+        with torch.no_grad():
+            scale = config.random_uniform_scale
+            if config.init == "random_uniform":
+                self.embeds.uniform_(-scale, scale, generator=generator)
+            elif not self.embeds.is_meta:
+                self.embeds.copy_(_rows(slot, config, generator))
+
+    def refuses_merge(self) -> str | None:
+        return "positions of a sequence are no change of a weight"
+
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise NotImplementedError("refused by refuses_merge")
+
+    def put(self, x: torch.Tensor, flow: dict[str, Any]) -> torch.Tensor:
+        """Put the prompt into x where the entry of the stack has said, else at its fixed place."""
+        span = flow.get(key(self.stack))
+        if span is None or span.static:
+            count = self.embeds.shape[0]
+            span = Span(self.offset, count, x.shape[1] + count, static=True)
+            flow[key(self.stack)] = span
+        return insert(x, self.embeds[None], span.index) if span.fresh else x
+
+
+class PromptBehind(Prompt):
+    """The prompt behind the whole embeddings."""
+
+    acts_on = "output"
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        return with_first(out, self.put(first(out), flow_of(host)))
+
+
+class PromptBefore(Prompt):
+    """The prompt before the first layer."""
+
+    acts_on = "input"
+
+    def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+        return self.put(x, flow_of(host))
+
+
+def _offset(config: PromptTuningConfig) -> int:
+    return int(config.position == "after_first")
+
+
+def _rows(slot: Slot, config: PromptTuningConfig, generator: torch.Generator | None) -> torch.Tensor:
+    """Embeddings (P, D) of tokens, as the model's own table gives them."""
+    table: Any = slot.module
+    size = getattr(table, "num_embeddings", None)
+    if slot.role != "tokens" or size is None:
+        message = "there is no table of embeddings at this place from which a prompt could start"
+        raise ConfigError(Problem("no-vocabulary", message, slot.address, "init='random_uniform'"))
+    count = config.prompt_length
+    if config.init == "vocabulary":
+        ids = torch.randint(size, (count,), generator=generator)
+    else:
+        ids = torch.tensor([config.init_text_ids[i % len(config.init_text_ids)] for i in range(count)])
+        if int(ids.max()) >= size:
+            message = (
+                f"init_text_ids go from {int(ids.min())} to {int(ids.max())}, but there are {size} tokens"
+            )
+            raise ConfigError(Problem("bad-option", message, slot.address))
+    rows: torch.Tensor = base_forward(table)(table, ids.to(table.weight.device))
+    return rows.detach()
+
+
+# -- where a stack can take a prompt
+
+
+def _sources(blueprint: Blueprint, stack: str) -> list[str]:
+    """The stacks of this model that a stack reads: one beside it, or those of another part."""
+    reads = blueprint.stacks[stack].reads
+    if reads is None:
+        return []
+    part, slash, _ = stack.rpartition("/")
+    beside = f"{part}{slash}{reads.stack}"
+    if beside in blueprint.stacks and beside != stack:
+        return [beside]
+    outer, slash, _ = part.rpartition("/")
+    return [name for name in blueprint.stacks if name.startswith(f"{outer}{slash}{reads.stack}/")]
+
+
+def _is_read(blueprint: Blueprint, stack: str) -> bool:
+    return any(stack in _sources(blueprint, other) for other in blueprint.stacks)
+
+
+def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
+    """The module that keeps the vectors, by where they go in:
+
+    `tokens`: the table, whose output they join before the stack is entered; `out`: behind the embeddings;
+    `layer`: in front of the first layer.
+    Raises: PlanError: the embeddings are no module of their own, so that there is no place behind them.
+    """
+    info, address = blueprint.stacks[stack], f"{stack}.prompt"
+    table = blueprint.places.get(f"{stack}.embeddings.table")
+    out = blueprint.places.get(f"{stack}.embeddings.out")
+    shapes = {slot.stack: slot.shape for slot in embedding_slots(blueprint).values()}
+    if info.inputs.ids is not None and table is not None and out is not None:
+        inner = entering.embeds_at(blueprint, stack)
+        if config.insert == "out":
+            block, _, _ = out.path.removeprefix(info.path).strip(".").rpartition(".")
+            if not block:
+                message = "positions are added outside the embeddings, so nothing can come in behind them"
+                raise PlanError(Problem("no-place-behind", message, address, "insert='embeds'"))
+            return replace(out, address=address, role="out", shape=shapes[stack])
+        if inner is not None:
+            return replace(table, address=address, role="tokens", shape=shapes[stack])
+    elif info.inputs.ids is None and out is not None:
+        return replace(out, address=address, role="out", shape=shapes[stack])
+    layers = [slot for slot in layer_slots(blueprint).values() if slot.stack == stack]
+    layer = next(slot for slot in layers if slot.layer == 0)
+    place = blueprint.places[f"{stack}.0.layer"]
+    return replace(place, address=address, role="layer", shape=layer.shape, layer=None, sublayer=None)
+
+
+def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> list[Helper]:
+    """What makes room for the prompt of a stack, and what takes its positions out again."""
+    stack, count, offset = slot.stack, config.prompt_length, _offset(config)
+    info, places = blueprint.stacks[stack], blueprint.places
+    entry, own = entry_place(blueprint, stack), _key("prompt", stack, count, config.position, config.insert)
+    found = []
+
+    def add(place: Slot | None, word: str, make: Callable[[], nn.Module], acts_on: Any = "entry") -> None:
+        if place is not None:
+            found.append(Helper(place, f"{own}__{word}", make, acts_on, -2 if acts_on == "entry" else 6))
+
+    strip = partial(Strip, stack)
+    last = places[f"{stack}.{info.num_layers - 1}.layer"]
+    in_layers = slot.role == "layer" or info.inputs.ids is None
+    if slot.role == "tokens":
+        at = entering.embeds_at(blueprint, stack)
+        assert at is not None
+        table = slot.module if at.path == entry.path else None
+        add(entry, "widen", partial(entering.Widen, info, count, offset, table, True))
+        if table is None:
+            add(at, "embed", partial(entering.Embed, stack, str(info.inputs.ids), slot.module))
+            if not config.keep_positions:
+                # what pools the states of the right tokens is the stack itself
+                add(places.get(f"{stack}.final_norm"), "strip", strip, "output")
+    elif not in_layers:
+        add(entry, "widen", partial(entering.Widen, info, count, offset, None, False))
+    elif info.inputs.mask is not None:
+        for index in range(info.num_layers):
+            make = partial(entering.WidenLayer, stack, info.inputs.mask, count, offset, index == 0)
+            add(places[f"{stack}.{index}.layer"], "widen", make)
+    is_read = _is_read(blueprint, stack)
+    if not config.keep_positions:
+        add(places.get(f"{stack}.pooler"), "pool", strip)
+        if not is_read:
+            add(places.get(f"{stack}.exit"), "strip", strip, "output")
+            add(entry, "leave", strip, "output")
+            if in_layers:
+                add(last, "strip", strip, "output")
+    for reader in blueprint.stacks:
+        if stack in _sources(blueprint, reader):
+            reads, place = blueprint.stacks[reader].reads, entry_place(blueprint, reader)
+            if reads is not None and reads.mask is not None:
+                make_read = partial(entering.WidenRead, reads.states, reads.mask, count, offset)
+                add(place, f"read_{reader.replace('/', '_')}", make_read)
+            add(place, f"leave_{reader.replace('/', '_')}", partial(StripRead, stack), "output")
+    return found
+
+
+def _key(*words: Any) -> str:
+    return "__".join(str(word).replace("/", "_") for word in words)
