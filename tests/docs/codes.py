@@ -23,10 +23,10 @@ def positions(tree: ast.Module) -> dict[str, int]:
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, Function):
-            names = [argument.arg for argument in node.args.args]
-            names = names[1:] if names[:1] in (["self"], ["cls"]) else names
-            if "code" in names:
-                found[node.name] = names.index("code")
+            given = [argument for argument in node.args.args if argument.arg not in ("self", "cls")]
+            for place, argument in enumerate(given):
+                if argument.arg == "code" and argument.annotation and ast.unparse(argument.annotation) == "str":
+                    found[node.name] = place
     return found
 
 

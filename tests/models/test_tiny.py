@@ -34,6 +34,10 @@ NOT_IN_TABLE = {
 ABSOLUTE_POSITIONS = {"gpt2"}
 
 
+# an old note of transformers about the loss of models made of two
+pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces a better way:FutureWarning")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()

@@ -20,8 +20,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 600
 
 ROOMS = (
-    "errors versions | spec | model | methods | planning | runtime | inject | adapter"
-    " | activation liveness merging | files | report | kit | api | author | demo | cli | __init__ __main__"
+    "errors versions | composition spec | model | methods | planning | runtime | inject | adapter"
+    " | activation fusing liveness merging | files | report | kit | api | author | demo | cli | __init__ __main__"
 )
 """From the ground up: a room imports rooms that stand before it, and none between the same two bars."""
 
