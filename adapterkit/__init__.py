@@ -34,6 +34,8 @@ _HOMES = {
     "CompacterConfig": "adapterkit.methods.compacter",
     "InvertibleConfig": "adapterkit.methods.invertible",
     "PromptTuningConfig": "adapterkit.methods.prompt",
+    "PrefixTuningConfig": "adapterkit.methods.prefix",
+    "PromptTuningConfig": "adapterkit.methods.prompt",
     "ReFTConfig": "adapterkit.methods.reft",
     "UnionConfig": "adapterkit.methods.union",
     "errors": "adapterkit.errors",
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
     from adapterkit.methods.invertible import InvertibleConfig
     from adapterkit.methods.lora import LoRAConfig
     from adapterkit.methods.mtl_lora import MTLLoRAConfig
+    from adapterkit.methods.prompt import PromptTuningConfig
+    from adapterkit.methods.prefix import PrefixTuningConfig
     from adapterkit.methods.prompt import PromptTuningConfig
     from adapterkit.methods.reft import ReFTConfig
     from adapterkit.methods.union import UnionConfig

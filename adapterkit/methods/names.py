@@ -78,6 +78,17 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "seq_bn_inv": ("union", {"configs": ("seq_bn", "invertible")}),
     "double_seq_bn_inv": ("union", {"configs": ("double_seq_bn", "invertible")}),
     "prefix_tuning_flat": ("prefix_tuning", {"flat": True}),
+    "mam": ("union", {"configs": ("prefix_tuning[bottleneck_size=800]", "par_bn")}),
+    "unipelt": (
+        "union",
+        {
+            "configs": (
+                "prefix_tuning[prefix_length=10, use_gating=true]",
+                "seq_bn[use_gating=true]",
+                "lora[gating=true]",
+            )
+        },
+    ),
     "loreft": ("reft", {}),
     "noreft": ("reft", {"orthogonal": False}),
     "direft": ("reft", {"orthogonal": False, "subtract_projection": False}),
