@@ -100,7 +100,9 @@ class Intervention(nn.Module):
         """
         if not self.orthogonal:
             return self.projection
-        q, r = torch.linalg.qr(self.projection.float().t())
+        # there is no decomposition in half precision
+        wide = torch.promote_types(self.projection.dtype, torch.float32)
+        q, r = torch.linalg.qr(self.projection.to(wide).t())
         rows: torch.Tensor = (q * r.diagonal().sign().detach()).t()
         return rows.to(self.projection.dtype)
 
