@@ -411,7 +411,7 @@ class Kit(Mapping[str, Adapter]):
             override.record = before
 
     def eject(self, name: str) -> Kit:
-        """Turn the prefixes of an adapter into flat ones: trained as they are, without the MLP that made them.
+        """Turn the prefixes of an adapter into flat ones, trained without the MLP that made them.
 
         Outputs stay the same, bit for bit.
         Raises: PlanError: the adapter has no prefix that is not flat.
@@ -420,7 +420,8 @@ class Kit(Mapping[str, Adapter]):
         found = adapter.config.flattened(adapter.plan.slots, adapter.units, adapter.shared)
         if found is None:
             message = f"{name!r} has no prefix that comes from an MLP"
-            raise PlanError(Problem("nothing-to-eject", message, expected="an adapter with prefix_tuning that is not flat"))
+            expected = "an adapter with prefix_tuning that is not flat"
+            raise PlanError(Problem("nothing-to-eject", message, expected=expected))
         config, units, shared = found
         selection = Selection(adapter.plan.slots, adapter.plan.missing)
         draft = Draft(units, shared)

@@ -1,8 +1,8 @@
 """Forward and train step of every method as a ratio to the bare model.
 
 Run: python -m benchmarks.methods [--rounds 9] [--sizes 4x256,12x768] [--methods lora,seq_bn,...]
-With AdapterHub's `adapters` 1.3.0 in an environment of its own, `python benchmarks/methods_adapters.py` measures the same
-models and methods there against its own bare model; only ratios are compared.
+With AdapterHub's `adapters` 1.3.0 in an environment of its own, `python benchmarks/methods_adapters.py`
+measures the same models and methods there against its own bare model; only ratios are compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def forward(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Callable[[],
 
 
 def step(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
-    """Forward, backward and optimiser step over what is trained; the bare model trains everything behind its input."""
+    """Forward, backward and optimiser step over what is trained; the bare model trains all behind its input."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(trained, lr=1e-6)

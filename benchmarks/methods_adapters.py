@@ -115,6 +115,12 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", default="4x256,12x768")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print({"adapters": adapters.__version__, "transformers": transformers.__version__, "torch": torch.__version__})
+    print(
+        {
+            "adapters": adapters.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        }
+    )
     for size in given.sizes.split(","):
         show(f"adapters methods {size}", measure(size, given.rounds))

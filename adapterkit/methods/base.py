@@ -106,7 +106,7 @@ class MethodConfig(BaseModel, ABC):
     def flattened(
         self, slots: Sequence[Slot], units: Mapping[str, Unit], shared: Shared | None
     ) -> tuple[MethodConfig, dict[str, Unit], Shared | None] | None:
-        """The same adapter without its reparametrisation: config, units and shared tensors; None: it has none."""
+        """Config, units and shared tensors without the reparametrisation; None if it has none."""
         return None
 
     def replace(self, **changes: Any) -> Self:
@@ -163,11 +163,14 @@ class BranchConfig(MethodConfig):
             if not isinstance(branch, Branch):
                 continue
             address = branch.address
+            norm = None if branch.own_adapter else branch.after_residual
+            layer = blueprint.places[f"{branch.stack}.{branch.layer}.layer"] if branch.own_adapter else None
             for place, kind, acts_on, phase in (
                 (branch.start, flow.Capture, "input", -1),
                 (branch.projection, flow.Arm, "output", 1),
                 (branch, flow.Release, "output", 3),
-                (branch.after_residual, flow.Override, "output", 3),
+                (norm, flow.Override, "output", 3),
+                (layer, flow.Forget, "output", 3),
             ):
                 if place is not None:
                     key = f"{kind.__name__.lower()}__{address.replace('.', '_').replace('/', '_')}"

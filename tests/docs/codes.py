@@ -25,7 +25,7 @@ def positions(tree: ast.Module) -> dict[str, int]:
         if isinstance(node, Function):
             given = [argument for argument in node.args.args if argument.arg not in ("self", "cls")]
             for place, argument in enumerate(given):
-                if argument.arg == "code" and argument.annotation and ast.unparse(argument.annotation) == "str":
+                if argument.arg == "code" and ast.unparse(argument.annotation or argument) == "str":
                     found[node.name] = place
     return found
 
