@@ -38,7 +38,7 @@ def forward(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Callable[[],
 
 
 def step(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
-    """Forward, backward and optimiser step over what is trained; the bare model trains all behind its input."""
+    """Forward, backward and optimiser step over what is trained: in the bare model all behind its input."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(trained, lr=1e-6)

@@ -108,9 +108,10 @@ def test_readme_lists_every_family() -> None:
 
 
 def test_readme_shows_the_real_interface() -> None:
-    """The interface in the README is a shipped one, word for word but for its first line."""
+    """The interface in the README is a shipped one, word for word, without what it says on foreign files."""
     shown = [yaml.safe_load(text) for language, text, _ in blocks(ROOT / "README.md") if language == "yaml"]
     assert shown
     for data in shown:
         path = ROOT / "interfaces" / f"{data['model_type']}.yaml"
-        assert data == yaml.safe_load(path.read_text(encoding="utf-8"))
+        shipped = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert data == {word: value for word, value in shipped.items() if word not in ("adapterhub", "peft")}
