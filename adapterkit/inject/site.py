@@ -121,10 +121,19 @@ def adapted(
         "__reduce_ex__": lambda self, protocol: (_rebuild, (base, kernel, eager), self.__getstate__()),
         **attention.namespace(base, kernel, eager),
     }
+    if issubclass(base, nn.Sequential):
+        # it runs and counts its children, of which the site is none
+        namespace["__iter__"] = lambda self: iter(_members(self))
+        namespace["__len__"] = lambda self: len(_members(self))
+        namespace["__getitem__"] = lambda self, at: nn.Sequential(*_members(self))[at]
     if hasattr(base, "gradient_checkpointing"):
         # such a layer decides within its call (some versions: in `__call__`) what is run again in backward
         namespace["__call__"] = _call(base)
     return type(base.__name__, (base,), namespace)
+
+
+def _members(module: nn.Module) -> list[nn.Module]:
+    return [child for name, child in module.named_children() if name != CHILD]
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:

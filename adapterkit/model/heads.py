@@ -35,7 +35,8 @@ def _collect(module: nn.Module, path: str, claimed: set[int], heads: list[Head])
         here = f"{path}.{name}" if path else name
         if id(found) in claimed or any(head.module is found for head in heads):
             continue
-        if any(id(inner) in claimed for inner in found.modules()):
+        is_list = isinstance(found, nn.ModuleList | nn.ModuleDict)  # never called itself
+        if is_list or any(id(inner) in claimed for inner in found.modules()):
             _collect(found, here, claimed, heads)
         elif next(found.parameters(), None) is not None:
             heads.append(Head(f"head.{here}", here, found))
