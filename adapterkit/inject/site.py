@@ -132,8 +132,8 @@ def adapted(
     return type(base.__name__, (base,), namespace)
 
 
-def _members(module: nn.Module) -> list[nn.Module]:
-    return [child for name, child in module.named_children() if name != CHILD]
+def _members(module: nn.Module) -> list[Any]:
+    return [child for name, child in module._modules.items() if name != CHILD]
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
