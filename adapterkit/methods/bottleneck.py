@@ -75,6 +75,11 @@ class BottleneckConfig(BranchConfig):
                     "leaves out the residual add, but the branches of this layer are added together in one"
                 )
                 problems.append(Problem("no-own-sum", message, branch.address, "original_ln_after=True"))
+            if isinstance(branch, Branch) and branch.chunked and (self.needs_residual or self.over_examples):
+                message = "acts on whole examples, but chunk_size_feed_forward cuts them into parts here"
+                problems.append(
+                    Problem("chunked-feed-forward", message, branch.address, "chunk_size_feed_forward=0")
+                )
         if problems:
             raise PlanError(problems)
 
@@ -86,6 +91,11 @@ class BottleneckConfig(BranchConfig):
             or self.residual_before_ln == "post_add"
             or not self.original_ln_after
         )
+
+    @property
+    def over_examples(self) -> bool:
+        """One position's result depends on the others of its example."""
+        return self.use_gating or self.stochastic_depth > 0
 
     @property
     def exact(self) -> bool:
@@ -148,6 +158,7 @@ class Bottleneck(Unit):
         after = branch.after_residual
         self.norm: tuple[nn.Module, ...] = () if after is None else (after.module,)
         self.norm_forward = None if after is None else base_forward(after.module)
+        self.replaces_norm = after is not None and not branch.own_adapter
         if config.ln_before:
             self.norm_before = nn.LayerNorm(d_model)
         if config.ln_after:
@@ -214,7 +225,7 @@ class Bottleneck(Unit):
         """Let `result` leave the sublayer: to the model's own residual add, or past it."""
         if self.config.original_ln_after:
             return with_first(out, result)
-        if self.norm_forward is None:
+        if not self.replaces_norm:
             # the model adds the residual that the adapter leaves out: one rounding
             return with_first(out, result - x)
         flow[f"{self.branch}="] = result

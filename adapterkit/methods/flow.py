@@ -46,7 +46,8 @@ class Capture(nn.Module):
     def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         flow = flow_of(host)
         flow[self.branch] = x
-        flow.pop(f"{self.branch}!", None)
+        for mark in ("!", "="):  # of a pass that an exception ended
+            flow.pop(f"{self.branch}{mark}", None)
         return x
 
 
@@ -89,6 +90,18 @@ class Release(nn.Module):
         if f"{self.branch}!" in flow:
             del flow[f"{self.branch}!"]
             flow.pop(self.branch, None)
+        return out
+
+
+class Forget(nn.Module):
+    """At the layer: forget a residual that was remembered again by a norm that is called twice."""
+
+    def __init__(self, branch: str) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        flow_of(host).pop(self.branch, None)
         return out
 
 

@@ -29,6 +29,10 @@ class Branch(Slot):
     """The norm of the sum of branch and residual, in post-norm models."""
     parallel: bool
     """Attention and MLP of the layer are added together; neither has a sum of its own."""
+    own_adapter: bool = False
+    """The model has an adapter of its own behind the sum, which may call the norms again."""
+    chunked: bool = False
+    """The sublayer is called with a few positions at a time."""
 
 
 def branches(blueprint: Blueprint, before_norm: bool = False) -> dict[str, Branch]:
@@ -42,7 +46,9 @@ def branches(blueprint: Blueprint, before_norm: bool = False) -> dict[str, Branc
             for sublayer in _INPUTS:
                 branch = _branch(blueprint, f"{stack.address}.{index}", sublayer, before_norm, stack.parallel)
                 if branch is not None:
-                    found[branch.address] = branch
+                    size = getattr(stack.layers[index], "chunk_size_feed_forward", None)
+                    chunked = sublayer == "mlp" and bool(size)
+                    found[branch.address] = replace(branch, chunked=chunked) if chunked else branch
     return found
 
 
@@ -77,6 +83,7 @@ def _branch(
         projection=projection,
         after_residual=after,
         parallel=parallel,
+        own_adapter=f"{address}.own_adapter" in places,
     )
 
 

@@ -7,6 +7,7 @@ hands both to the oracle: V1 reads the branch, V2 the sum, V3 leaves the model's
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -33,7 +34,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Form]] = {
     "V4 alone": ({"is_parallel": True, "original_ln_after": False}, Form(parallel=True, model_adds=False)),
 }
 Act = Callable[..., Tensor]
-"""act(sublayer, h, x, norm) -> stream behind the sublayer; norm is the one behind the sum, if there is one."""
+"""act(sublayer, h, x, norm) -> stream behind the sublayer; norm is what the model puts behind the sum."""
 
 
 def plain(h: Tensor) -> Tensor:
@@ -115,6 +116,22 @@ def patch_bart(layer: Any, act: Act) -> None:
     layer.forward = MethodType(forward, layer)
 
 
+def patch_xmod(layer: Any, act: Act) -> None:
+    """The sum of the second sublayer goes through the model's own adapter of the language."""
+    pre = layer.pre_norm
+    norms = [plain, plain] if pre else [layer.attention.output.LayerNorm, layer.output.LayerNorm]
+
+    def forward(self: Any, hidden: Tensor, languages: Any, mask: Any = None, *rest: Any, **kw: Any) -> Tensor:
+        before = [self.attention.output.LayerNorm, self.output.LayerNorm] if pre else [plain, plain]
+        h = self.attention.self(before[0](hidden), attention_mask=mask)[0]
+        x = act("attention", self.attention.output.dense(h), hidden, norms[0])
+        h = self.output.dense(self.intermediate(before[1](x)))
+        out = self.output.lang_adapter(languages, act("mlp", h, x, norms[1], sum_only=True))
+        return norms[1](out)
+
+    layer.forward = MethodType(forward, layer)
+
+
 def patch_vit(layer: Any, act: Act) -> None:
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
         h = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
@@ -134,21 +151,25 @@ FAMILIES: dict[str, tuple[Any, dict[str, str], tuple[str, ...]]] = {
     "phi": (patch_phi, {"decoder": "layers"}, LOCATIONS),
     "t5": (patch_t5, {"encoder": "encoder.block", "decoder": "decoder.block"}, CROSS),
     "bart": (patch_bart, {"encoder": "encoder.layers", "decoder": "decoder.layers"}, CROSS),
+    "xmod": (patch_xmod, {"encoder": "encoder.layer"}, LOCATIONS),
     "vit": (patch_vit, {"encoder": "layers"}, LOCATIONS),
 }
 
 
-def patched(row: str, kit: ak.Kit, form: Form, dtype: torch.dtype) -> nn.Module:
-    """The plain model with the oracle in its layers."""
-    model = tiny.build(row, dtype=dtype)
+def patched(model: nn.Module, row: str, kit: ak.Kit, form: Form) -> nn.Module:
+    """A plain model with the oracle in its layers."""
     patch, stacks, _ = FAMILIES[row]
     state = kit["default"].state_dict()
 
     def acting(layer: str) -> Act:
-        def act(sublayer: str, h: Tensor, x: Tensor, norm: Any) -> Tensor:
+        def act(sublayer: str, h: Tensor, x: Tensor, norm: Any, sum_only: bool = False) -> Tensor:
             start = f"{layer}.{sublayer}."
             t = {key.removeprefix(start): v for key, v in state.items() if key.startswith(start)}
-            return bottleneck.sublayer(h, x, t, form, lambda h, x: norm(h + x), "gelu", 0.7)
+            if not sum_only:
+                return bottleneck.sublayer(h, x, t, form, lambda h, x: norm(h + x), "gelu", 0.7)
+            own = replace(form, model_adds=False)
+            out = bottleneck.sublayer(h, x, t, own, lambda h, x: norm(h + x), "gelu", 0.7)
+            return out + x if form.model_adds else out
 
         return act
 
@@ -158,9 +179,16 @@ def patched(row: str, kit: ak.Kit, form: Form, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+CASES = [(row, {}) for row in FAMILIES if row != "xmod"]
+CASES += [("xmod", {"pre_norm": pre}) for pre in (False, True)]
+CASES += [("xmod", {"adapter_reuse_layer_norm": False}), ("xmod", {"adapter_layer_norm": True})]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("row", FAMILIES)
-def test_a_bottleneck_equals_a_forward_that_was_written_by_hand(row: str, variant: str) -> None:
+@pytest.mark.parametrize(("row", "settings"), CASES, ids=str)
+def test_a_bottleneck_equals_a_forward_that_was_written_by_hand(
+    row: str, settings: dict[str, Any], variant: str
+) -> None:
     options, form = VARIANTS[variant]
     config = {
         "method": "bottleneck",
@@ -177,12 +205,12 @@ def test_a_bottleneck_equals_a_forward_that_was_written_by_hand(row: str, varian
         assert refused.value.code == "no-own-sum"
         return
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
-        model = tiny.build(row, dtype=dtype)
-        if given_floats := [key for key, value in given.items() if value.is_floating_point()]:
-            given = {**given, **{key: given[key].to(dtype) for key in given_floats}}
+        model, other = (tiny.build(row, dtype=dtype, **settings) for _ in range(2))
+        given = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
         bare = run(model, given)
         kit = ak.attach(model, config, seed=0)
         randomise(kit)
-        found, expected = run(model, given), run(patched(row, kit, form, dtype), given)
+        found, expected = run(model, given), run(patched(other, row, kit, form), given)
         assert (found - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
         assert (found - bare).abs().max() > 1e-2
+        assert kit._runtime.override.flow == {}
