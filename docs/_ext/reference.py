@@ -3,7 +3,9 @@
 ```{language}                   every word of the interface language, from the schema
 ```{vocabulary} roles           the closed lists of words: sublayers, roles
 ```{options} lora               options of a method, from its config
+```{presets} bottleneck        names that stand for a method with options of their own
 ```{families}                   shipped interfaces and their model types
+```{matrix}                     families x methods, as `adapterkit list` knows them
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from adapterkit.methods.names import METHODS
+from adapterkit.cli.families import refusal
+from adapterkit.methods.names import LEGACY, METHODS, PRESETS, parse
 from adapterkit.spec import registry, vocabulary
 from adapterkit.spec.schema import Interface, Layers, Path, Scalar, Unembed
 
@@ -143,6 +146,58 @@ def families() -> str:
     return table(("interface", "model types"), rows)
 
 
+def presets(method: str) -> str:
+    """Names of a method with what they change, and what AdapterHub called them before."""
+    before = {name: old for old, name in LEGACY.items()}
+    rows = (
+        (
+            f"`{name}`",
+            ", ".join(f"`{key}={shown_value(value)}`" for key, value in given.items()) or "nothing",
+            f"`{before[name]}`" if name in before else "",
+        )
+        for name, (base, given) in PRESETS.items()
+        if base == method
+    )
+    return table(("name", "options that it sets", "older name"), rows)
+
+
+def shown_value(value: Any) -> str:
+    """A value as a shorthand would give it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+COLUMNS: dict[str, Any] = {
+    "LoRA": "lora",
+    "(IA)³": "ia3",
+    "VeRA": "vera",
+    "DoRA": "dora",
+    "MTL-LoRA": "mtl_lora",
+    "bottleneck": "bottleneck",
+    "Compacter": "compacter",
+    "fusion": {"method": "fusion", "children": ["a", "b"]},
+    "invertible": "invertible",
+    "prefix": "prefix_tuning",
+    "prompt": "prompt_tuning",
+    "ReFT": "reft",
+}
+
+
+def matrix() -> str:
+    """Families x methods: a tick, or the number of the reason below."""
+    configs = {column: parse(method) for column, method in COLUMNS.items()}
+    reasons: dict[str, int] = {}
+    rows = []
+    for name in filter(registry.is_shipped, registry.interfaces()):
+        interface = registry.by_name(name)
+        whys = (refusal(interface, config) for config in configs.values())
+        cells = ["✓" if why is None else f"({reasons.setdefault(why, len(reasons) + 1)})" for why in whys]
+        rows.append((f"`{name}`", *cells))
+    notes = [f"({number}) {why}" for why, number in reasons.items()]
+    return "\n\n".join([table(("family", *configs), iter(rows)), *notes])
+
+
 class Generated(SphinxDirective):
     """A directive whose text a function writes."""
 
@@ -153,7 +208,14 @@ class Generated(SphinxDirective):
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
-MAKERS: dict[str, Any] = {"language": language, "vocabulary": words, "options": options, "families": families}
+MAKERS: dict[str, Any] = {
+    "language": language,
+    "vocabulary": words,
+    "options": options,
+    "presets": presets,
+    "families": families,
+    "matrix": matrix,
+}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
