@@ -160,9 +160,10 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The loss of a class with labels, else a weighted sum of the outputs."""
+    """The losses of a class with labels, else a weighted sum of the outputs."""
     result = model(**inputs)
-    if result.get("loss") is not None:
-        return result["loss"]
+    losses = [value for name, value in result.items() if name.endswith("loss")]
+    if losses:
+        return torch.stack(losses).sum()
     out = tiny.output(result)
     return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum()

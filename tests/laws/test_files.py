@@ -14,6 +14,8 @@ from tests.laws.matrix import Case, run
 BASES = {
     "TinyClassifier": ("tokens.", "positions.", "blocks.", "norm."),
     "CLIPForImageClassification": ("vision_model.",),
+    "T5ForQuestionAnswering": ("shared.", "encoder.", "decoder."),
+    "MT5ForQuestionAnswering": ("shared.", "encoder.", "decoder."),
     "WhisperForAudioClassification": ("encoder.",),
 }
 

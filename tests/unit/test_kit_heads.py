@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.errors import FileFormatError, PlanError
+from adapterkit.model.heads import find_heads
+from tests.laws.matrix import CUSTOM
 from tests.models import tiny
+from tests.models.custom import TinyClassifier
 from tests.unit.kit_scene import CLS, bert, move, refused, run
 
 LABELS = tiny.inputs("bert", CLS, labels=True)
@@ -168,3 +171,42 @@ def test_a_head_can_be_left_out_of_the_file(tmp_path: Path) -> None:
     assert "the model has a head 'classifier' that the file lacks" in str(error)
     loaded = ak.load(bert(), tmp_path / "a", head=False)
     assert loaded["a"].heads == {} and loaded["a"].poolers == {}
+
+
+class Chained(TinyClassifier):
+    """A classifier whose head is a chain that calls one of its members twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        again = nn.Linear(3, 3)
+        self.head = nn.Sequential(nn.Linear(32, 3), again, again)
+
+
+def test_a_head_that_is_a_sequential_runs_its_own_members_only() -> None:
+    model, inputs = Chained(), tiny.inputs("custom")
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(**inputs)["logits"]
+
+    before = logits()
+    kit = ak.attach(model, "lora", interface=CUSTOM)
+    assert torch.equal(logits(), before)
+    assert [type(layer) for layer in model.head] == [nn.Linear] * 3
+    assert model.head[-1] is model.head[1] and len(model.head[:2]) == 2
+    with torch.no_grad():
+        for tensor in kit["default"].heads["head.head"].parameters():
+            tensor.zero_()
+    assert not logits().any()
+    with kit.disabled():
+        assert torch.equal(logits(), before)
+    kit.detach()
+    assert type(model.head) is nn.Sequential
+    assert torch.equal(logits(), before)
+
+
+def test_a_list_of_heads_is_a_head_for_each_member() -> None:
+    model = nn.Module()
+    model.base, model.scores, model.empty = nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList()
+    found = find_heads(model, [model.base], [], [])
+    assert [(head.address, head.module) for head in found] == [("head.scores.0", model.scores[0])]
