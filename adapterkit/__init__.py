@@ -33,7 +33,6 @@ _HOMES = {
     "BottleneckConfig": "adapterkit.methods.bottleneck",
     "CompacterConfig": "adapterkit.methods.compacter",
     "InvertibleConfig": "adapterkit.methods.invertible",
-    "PromptTuningConfig": "adapterkit.methods.prompt",
     "PrefixTuningConfig": "adapterkit.methods.prefix",
     "PromptTuningConfig": "adapterkit.methods.prompt",
     "ReFTConfig": "adapterkit.methods.reft",
@@ -56,6 +55,7 @@ __all__ = [
     "LoRAConfig",
     "MTLLoRAConfig",
     "Plan",
+    "PrefixTuningConfig",
     "PromptTuningConfig",
     "ReFTConfig",
     "UnionConfig",
@@ -84,7 +84,6 @@ if TYPE_CHECKING:
     from adapterkit.methods.invertible import InvertibleConfig
     from adapterkit.methods.lora import LoRAConfig
     from adapterkit.methods.mtl_lora import MTLLoRAConfig
-    from adapterkit.methods.prompt import PromptTuningConfig
     from adapterkit.methods.prefix import PrefixTuningConfig
     from adapterkit.methods.prompt import PromptTuningConfig
     from adapterkit.methods.reft import ReFTConfig
