@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from adapterkit import fusing, merging, report
+from adapterkit import fusing, merging, report, swapping
 from adapterkit.activation import programs
 from adapterkit.adapter import Adapter
 from adapterkit.composition import Fuse, Setup
@@ -227,8 +227,9 @@ class Kit(Mapping[str, Adapter]):
                 self.activate(self._active, self._skipped)
             raise
         adapter.require_grad(trainable)
-        if activate or self._active == plan.name:
-            self.activate(plan.name)
+        setup = fusing.setup_of(adapter)
+        if activate or self._active == setup:
+            self.activate(setup)
         report.log(plan)
         return self
 
@@ -286,6 +287,14 @@ class Kit(Mapping[str, Adapter]):
         if name in self._adapters and not replace:
             message = f"there already is an adapter {name!r}"
             raise ConfigError(Problem("name-taken", message, "name", "another name, or replace=True"))
+        self._refuse_used(name, "replace")
+
+    def _refuse_used(self, name: str, verb: str) -> None:
+        """Refuse to take away an adapter whose units a fusion looks for."""
+        users = fusing.users(name, self._adapters)
+        if users:
+            message = f"{name!r} is part of the fusion {listing(users)}"
+            raise PlanError(Problem("in-use", message, verb, "the fusion detached first"))
 
     # -- which adapter acts
 
@@ -490,16 +499,13 @@ class Kit(Mapping[str, Adapter]):
         if adapter.merged:
             self.unmerge()
         self._refuse_merged("detach")
-        users = fusing.users(name, self._adapters)
-        if users:
-            message = f"{name!r} is part of the fusion {listing(users)}"
-            raise PlanError(Problem("in-use", message, "detach", "the fusion detached first"))
+        self._refuse_used(name, "detach")
         if len(self._adapters) == 1:
             self._remove_all()
             return self.model
         self._take(adapter)
         del self._adapters[name]
-        self.activate(None if self._active == name else self._active, self._skipped)
+        self.activate(None if self._active == fusing.setup_of(adapter) else self._active, self._skipped)
         return self.model
 
     def _remove_all(self) -> None:
@@ -547,6 +553,22 @@ class Kit(Mapping[str, Adapter]):
         if format == "adapterkit":
             return native.write(Path(directory), adapter, self.blueprint, head)
         raise ConfigError(Problem("bad-option", f"{format!r} is no format that can be written", "format"))
+
+    def swap(
+        self, name: str, source: str | Path, *, revision: str | None = None, allow_bin: bool = False
+    ) -> Kit:
+        """Give an attached adapter the weights of a file, in place: nothing is compiled or traced again.
+
+        Raises: FileFormatError: the file holds another method, slots or shapes; nothing is changed.
+        """
+        self._refuse_merged("swap")
+        found = reader.read(
+            source, self.blueprint, revision=revision, local_files_only=False, allow_bin=allow_bin
+        )
+        if len(found) != 1:
+            raise ConfigError(Problem("several-adapters", f"the file holds {len(found)} adapters", "source"))
+        swapping.swap(self[name], found[0])
+        return self
 
     def _only(self, name: str | None) -> str:
         if name is not None:

@@ -183,7 +183,7 @@ def fill(plan: Plan, draft: Draft, content: Content) -> None:
         for address, module in draft.modules().items()
         for key, value in module.state_dict(keep_vars=True).items()
     }
-    problems = _compare(
+    problems = compare(
         {key: tuple(value.shape) for key, (_, _, value) in wanted.items()}, content.tensors, content.source
     )
     if problems:
@@ -198,7 +198,7 @@ def fill(plan: Plan, draft: Draft, content: Content) -> None:
         module.load_state_dict(own)
 
 
-def _compare(
+def compare(
     wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, torch.Tensor], source: str
 ) -> list[Problem]:
     """What is unknown, missing or of another shape."""
@@ -224,7 +224,7 @@ def filled_head(module: nn.Module, head: Head, content: Content) -> nn.Module:
     """
     own = content.heads[head.path]
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    problems = _compare(shapes, own, content.source)
+    problems = compare(shapes, own, content.source)
     if problems:
         hint = f"heads here: {listing(f'{key} {shape}' for key, shape in shapes.items())}"
         raise FileFormatError(
@@ -256,7 +256,7 @@ def filled_poolers(
             continue
         plain = copy(pooler.module)
         own = plain.state_dict()
-        problems = _compare({key: tuple(value.shape) for key, value in own.items()}, given, content.source)
+        problems = compare({key: tuple(value.shape) for key, value in own.items()}, given, content.source)
         if problems:
             raise FileFormatError(problems)
         if any(not torch.equal(own[key].cpu(), given[key].cpu().to(own[key].dtype)) for key in own):
