@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
-from adapterkit.methods.flow import Flow, base_forward, entry_place, given_arguments
+from adapterkit.methods.flow import Flow, base_forward, entry_place, flow_of, given_arguments
 from adapterkit.methods.positions import Span, insert, key, shifted, start
 from adapterkit.model.blueprint import Blueprint, Slot, StackInfo
 
@@ -183,3 +183,27 @@ class WidenRead(nn.Module):
             index = start(mask, self.offset)
             given[self.mask] = insert(mask, mask.new_ones(1, self.count), index)
         return (), given
+
+
+class WidenBias(nn.Module):
+    """At a bias of fixed positions: the prompt has no position, so that its scores get none.
+
+    Shapes: out (1, H, T, T) -> (1, H, P + T, P + T).
+    Raises: PlanError: the bias was made for another length than that of the input.
+    """
+
+    def __init__(self, stack: str) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, out: torch.Tensor, x: Any, host: nn.Module) -> torch.Tensor:
+        span: Span = flow_of(host)[key(self.stack)]
+        if out.shape[-1] != span.total - span.count or not isinstance(span.index, int):
+            message = f"a bias of {out.shape[-1]} positions for {span.total - span.count} and a prompt"
+            raise PlanError(Problem("unfit-input", message, self.stack, "inputs that need no interpolation"))
+        before, after = span.index, out.shape[-1] - span.index
+        bias = out.new_zeros(*out.shape[:2], span.total, span.total)
+        ends = torch.arange(span.total, device=out.device)
+        real = torch.cat([ends[:before], ends[span.total - after :]])
+        bias[:, :, real[:, None], real] = out
+        return bias

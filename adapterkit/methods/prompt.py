@@ -243,6 +243,9 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
         for index in range(info.num_layers):
             make = partial(entering.WidenLayer, stack, info.inputs.mask, count, offset, index == 0)
             add(places[f"{stack}.{index}.layer"], "widen", make)
+    for address, place in places.items():
+        if place.stack == stack and place.role == "position_bias":
+            add(place, _key("bias", address), partial(entering.WidenBias, stack), "output")
     is_read = _is_read(blueprint, stack)
     if not config.keep_positions:
         add(places.get(f"{stack}.pooler"), "pool", strip)

@@ -94,6 +94,9 @@ def _bind(here: Here, said: Sublayer) -> None:
         if found:
             add_slot(here, extra, found, ("extra", extra))
     if isinstance(said, Attention):
+        bias = here.find(said.position_bias, "position_bias")
+        if bias:
+            add_place(here, f"{here.address}.position_bias", bias)
         word = str(here.sublayer)
         here.draft.kernels[word], here.draft.eager[word] = said.kernel, said.eager
         *heads, head_dim = _head_sizes(here.at("sizes"), said.sizes, core)

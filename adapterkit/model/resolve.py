@@ -280,6 +280,7 @@ def _stack_places(stack: Stack) -> dict[str, Path | None]:
         "exit": stack.exit,
         "final_norm": stack.final_norm,
         "pooler": stack.pooler,
+        "position_bias": stack.position_bias,
         "embeddings.table": stack.embeddings.table if stack.embeddings else None,
         "embeddings.out": stack.embeddings.out if stack.embeddings else None,
     }

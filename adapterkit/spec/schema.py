@@ -269,6 +269,9 @@ class Attention(Sublayer):
     v: PathField | None = Field(None, description="projection of the values")
     o: PathField | None = Field(None, description="output projection")
     sizes: Sizes | None = None
+    position_bias: PathField | None = Field(
+        None, description="module that gives a bias of fixed positions to the scores, (1, H, T, T)"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -448,6 +451,9 @@ class Stack(Layer):
         None, description="pooling with weights inside the base: frozen, saved with heads"
     )
     unembed: UnembedField | None = None
+    position_bias: PathField | None = Field(
+        None, description="as in an attention block, where all layers share one"
+    )
     extra: Extras = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ def table_of(model: nn.Module) -> nn.Embedding:
 
 
 def both(row: str, cls: str, position: str) -> tuple[Any, Any, dict[str, Tensor], list[int]]:
-    """Outputs with a prompt, those of the plain model with more words, the inputs, where the prompt begins."""
+    """Outputs with a prompt, those of the plain model with more words, the inputs, where it begins."""
     given = tiny.inputs(row, cls)
     kit = attach(row, cls, position=position)
     plain = tiny.build(row, cls)
@@ -71,6 +71,11 @@ def test_vision_and_sound_equal_layers_called_by_hand() -> None:
         found, expected = kit.model(pixels), prompt.vit(plain, pixels, vectors(kit))
         torch.testing.assert_close(found.last_hidden_state, expected, **CLOSE)
         torch.testing.assert_close(found.pooler_output, plain.pooler(expected), **CLOSE)
+
+        kit, plain = attach("beit", "BeitModel"), tiny.build("beit", "BeitModel")
+        pixels = tiny.inputs("beit", "BeitModel")["pixel_values"]
+        found, expected = kit.model(pixels), prompt.beit(plain, pixels, vectors(kit))
+        torch.testing.assert_close(found.last_hidden_state, expected, **CLOSE)
 
         kit, plain = attach("clip", "CLIPVisionModel"), tiny.build("clip", "CLIPVisionModel")
         pixels = tiny.inputs("clip", "CLIPVisionModel")["pixel_values"]

@@ -1,8 +1,8 @@
 """Prompt tuning without prompt tuning: a plain model with P more words in its vocabulary, fed with them.
 
 Source: Lester et al. 2021, arXiv:2104.08691, section 2: the model sees [P; X], the embeddings of P special
-tokens in front of those of the input. For images and sound, which have no vocabulary, the layers are called by
-hand. Nothing here knows adapterkit.
+tokens in front of those of the input. For images and sound, which have no vocabulary, the layers are called
+by hand. Nothing here knows adapterkit.
 """
 
 from __future__ import annotations
@@ -72,6 +72,35 @@ def vit(model: Any, pixels: Tensor, vectors: Tensor) -> Tensor:
     """Last states of a ViT whose prompt stands behind the class token."""
     layers = model.layers if hasattr(model, "layers") else model.encoder.layer
     states = _layers(layers, _among(model.embeddings(pixels), vectors, 1))
+    return model.layernorm(_without(states, len(vectors), 1))  # type: ignore[no-any-return]
+
+
+class _Bias(nn.Module):
+    """Stands for a module of relative positions: zero in the rows and columns of a prompt behind the first."""
+
+    def __init__(self, module: nn.Module, count: int) -> None:
+        super().__init__()
+        self.module, self.count = module, count
+
+    def forward(self, *args: Any, **given: Any) -> Tensor:
+        bias = self.module(*args, **given)
+        for axis in (2, 3):
+            gap = torch.zeros_like(bias.narrow(axis, 0, 1)).repeat_interleave(self.count, axis)
+            rest = bias.narrow(axis, 1, bias.shape[axis] - 1)
+            bias = torch.cat([bias.narrow(axis, 0, 1), gap, rest], dim=axis)
+        return bias
+
+
+def beit(model: Any, pixels: Tensor, vectors: Tensor) -> Tensor:
+    """Last states of a BEiT (before its norm) whose prompt takes no part in relative positions."""
+    holders = [module for module in model.modules() if hasattr(module, "relative_position_bias")]
+    for holder in (h for h in holders if isinstance(h.relative_position_bias, nn.Module)):
+        holder.relative_position_bias = _Bias(holder.relative_position_bias, len(vectors))
+    embedded = model.embeddings(pixels, None)
+    states = _among(embedded[0] if isinstance(embedded, tuple) else embedded, vectors, 1)
+    for layer in model.layers if hasattr(model, "layers") else model.encoder.layer:
+        out = layer(states, resolution=tuple(pixels.shape[2:]))
+        states = out[0] if isinstance(out, tuple) else out
     return model.layernorm(_without(states, len(vectors), 1))  # type: ignore[no-any-return]
 
 
