@@ -50,7 +50,7 @@ class BottleneckConfig(BranchConfig):
         default=0.0, ge=0, lt=1, description="dropout on the bottleneck's output, in training"
     )
     stochastic_depth: float = Field(
-        default=0.0, ge=0, le=1, description="chance to leave it out for an example, in training"
+        default=0.0, ge=0, lt=1, description="chance to leave it out for an example, in training"
     )
     init_weights: Init = Field(default="bert", description="how the matrices start")
 

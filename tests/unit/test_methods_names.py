@@ -67,6 +67,15 @@ def test_shorthands(text: str, config: Any) -> None:
             "lora[dropout=1]",
             Problem("bad-option", "lora: 1 does not fit 'dropout'", "dropout", "expected less than 1"),
         ),
+        (
+            "seq_bn[stochastic_depth=1]",
+            Problem(
+                "bad-option",
+                "bottleneck: 1 does not fit 'stochastic_depth'",
+                "stochastic_depth",
+                "expected less than 1",
+            ),
+        ),
         ("vera[r=0]", Problem("bad-option", "vera: 0 does not fit 'r'", "r")),
         ("lora[init=pisa]", Problem("bad-option", "lora: 'pisa' does not fit 'init'", "init")),
         ("ia3[sides={k: x}]", Problem("bad-option", "ia3: 'x' does not fit 'sides'", "sides")),
