@@ -20,20 +20,28 @@ def known_paths(blueprint: Blueprint, slot: Slot) -> tuple[str, ...]:
         ]
         return tuple(dict.fromkeys((slot.path, *spelled)))
     layer = blueprint.places[f"{slot.stack}.{slot.layer}.layer"].path
-    lists = [name for name in (*stack.layers.names(), *stack.layers.was) if "*" not in name]
+    rests = list(_rests(stack, slot, slot.path.removeprefix(f"{layer}.")))
+    names = layer_paths(blueprint, slot.stack, slot.layer)
+    return tuple(dict.fromkeys([slot.path, *(f"{name}.{rest}" for name in names for rest in rests)]))
+
+
+def layer_paths(blueprint: Blueprint, stack: str, index: int) -> tuple[str, ...]:
+    """Every path that the interface gives a layer: this model's first."""
+    info = blueprint.stacks[stack]
+    said = info.interface.stacks[stack.rpartition("/")[2]]
+    layer = blueprint.places[f"{stack}.{index}.layer"].path
+    lists = [name for name in (*said.layers.names(), *said.layers.was) if "*" not in name]
     # a pattern over nested lists numbers its layers in its own way, so that only the model's own path is sure
-    layers = [f"{name}.{slot.layer}" for name in lists] or [_below(layer, info.path)]
-    return tuple(
-        dict.fromkeys(
-            [slot.path]
-            + [
-                join(root, f"{name}.{rest}")
-                for root in _roots(stack, info.path)
-                for name in layers
-                for rest in _rests(stack, slot, slot.path.removeprefix(f"{layer}."))
-            ]
-        )
-    )
+    names = [f"{name}.{index}" for name in lists] or [_below(layer, info.path)]
+    found = [join(root, name) for root in _roots(said, info.path) for name in names]
+    return tuple(dict.fromkeys([layer, *found]))
+
+
+def stack_paths(blueprint: Blueprint, stack: str) -> tuple[str, ...]:
+    """Every path that the interface gives the root of a stack: this model's first."""
+    info = blueprint.stacks[stack]
+    said = info.interface.stacks[stack.rpartition("/")[2]]
+    return tuple(dict.fromkeys(_roots(said, info.path)))
 
 
 def _below(path: str, root: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,11 +13,11 @@ from torch import nn
 
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
-from adapterkit.methods.base import BranchConfig, Shared, Unit
-from adapterkit.methods.flow import Flow, base_forward, first, flow_of, with_first
+from adapterkit.methods.base import BranchConfig, Helper, Shared, Unit
+from adapterkit.methods.flow import Capture, Flow, Result, base_forward, first, flow_of, with_first
 from adapterkit.methods.lora import Gate
-from adapterkit.model.blueprint import Slot
-from adapterkit.model.branches import Branch
+from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.model.branches import Branch, branches
 
 Init = Literal["bert", "mam_adapter", "houlsby"]
 
@@ -45,6 +46,14 @@ class BottleneckConfig(BranchConfig):
     scaling: float | Literal["learned", "channel"] = Field(
         default=1.0, description="factor of the bottleneck's output"
     )
+    residual: Literal["stream", "input", "chained"] = Field(
+        default="stream",
+        description="what x is; files of AdapterHub also have the normed input of the branch, and the stream "
+        "with the attention beside it ('chained')",
+    )
+    swapped: bool = Field(
+        default=False, description="branch and residual change places, as in some files of AdapterHub"
+    )
     use_gating: bool = Field(default=False, description="a learned gate for each example (UniPELT)")
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="dropout on the bottleneck's output, in training"
@@ -70,7 +79,8 @@ class BottleneckConfig(BranchConfig):
         """Refuse what has no meaning at a branch."""
         problems = []
         for branch in slots:
-            if isinstance(branch, Branch) and branch.parallel and not (self.original_ln_after or self.exact):
+            own_sum = self.original_ln_after or self.exact or self.residual == "chained"
+            if isinstance(branch, Branch) and branch.parallel and not own_sum:
                 message = (
                     "leaves out the residual add, but the branches of this layer are added together in one"
                 )
@@ -80,13 +90,41 @@ class BottleneckConfig(BranchConfig):
                 problems.append(
                     Problem("chunked-feed-forward", message, branch.address, "chunk_size_feed_forward=0")
                 )
+        if self.residual == "input" and not self.original_ln_after:
+            message = "leaves out the stream, but takes the normed input of the branch for it"
+            problems.append(Problem("no-own-sum", message, "", "original_ln_after=True"))
         if problems:
             raise PlanError(problems)
+
+    def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
+        if self.residual == "input":
+            # it must not take the place of the stream, which other adapters read
+            return [
+                *super().helpers(slots, blueprint),
+                *(_input_helper(s) for s in slots if isinstance(s, Branch)),
+            ]
+        if self.residual != "chained":
+            return super().helpers(slots, blueprint)
+        found = branches(blueprint, self.branch == "before_norm")
+        beside = [found[a] for slot in slots if (a := f"{slot.stack}.{slot.layer}.attention") in found]
+        everything = {slot.address: slot for slot in (*slots, *beside)}
+        results = {
+            slot.address: Helper(
+                slot,
+                f"result__{slot.address.replace('.', '_').replace('/', '_')}",
+                partial(Result, f"{slot.stack}.{slot.layer}.mlp"),
+                "output",
+                3,
+            )
+            for slot in beside
+        }
+        return [*results.values(), *super().helpers(list(everything.values()), blueprint)]
 
     @property
     def needs_residual(self) -> bool:
         return (
             self.is_parallel
+            or self.swapped
             or self.original_ln_before
             or self.residual_before_ln == "post_add"
             or not self.original_ln_after
@@ -103,7 +141,7 @@ class BottleneckConfig(BranchConfig):
         own = self.residual_before_ln == "post_add" or (
             not self.residual_before_ln and self.original_ln_before
         )
-        return own and not self.is_parallel and not self.ln_after
+        return own and not (self.is_parallel or self.ln_after or self.swapped)
 
     def build(self, branch: Branch, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         return Bottleneck(branch, self, shared, generator)
@@ -126,6 +164,11 @@ class BottleneckConfig(BranchConfig):
                     nn.init.normal_(linear.weight, std=0.02, generator=generator)
                 linear.bias.zero_()
         return down, up
+
+
+def _input_helper(branch: Branch) -> Helper:
+    key = f"captureinput__{branch.address.replace('.', '_').replace('/', '_')}"
+    return Helper(branch.inside, key, partial(Capture, f"{branch.address}~"), "input", -1)
 
 
 class Bottleneck(Unit):
@@ -152,6 +195,8 @@ class Bottleneck(Unit):
         d_model = (branch.shape or (1, 1))[0]
         self.config = config
         self.branch = branch.address
+        chained = config.residual == "chained" and branch.sublayer == "mlp"
+        self.beside = f"{branch.address}+" if chained else None
         self.act = ACTIVATIONS[config.non_linearity]
         self.down, self.up = config.projections(branch, shared, generator)
         # in a tuple, so that the model's own norm is not registered here a second time
@@ -198,7 +243,8 @@ class Bottleneck(Unit):
             u = u * self.scale
         elif config.scaling != 1:
             u = u * config.scaling
-        return u.to(given)
+        result: torch.Tensor = u.to(given)
+        return result
 
     def update(self, z: torch.Tensor) -> torch.Tensor:
         """`up_output` with dropout and gate."""
@@ -236,8 +282,11 @@ class Bottleneck(Unit):
         if not flow.get(f"{self.branch}!"):
             return out
         h = first(out)
-        residual = flow[self.branch] if config.needs_residual else h
-        z, own = self.reads(h, residual)
+        source = f"{self.branch}~" if config.residual == "input" else self.branch
+        residual = flow[source] if config.needs_residual else h
+        if self.beside is not None and config.needs_residual:
+            residual = residual + flow[self.beside]
+        z, own = self.reads(residual, h) if config.swapped else self.reads(h, residual)
         u = self.update(z)
         if self.norm_forward is None and config.exact and not config.original_ln_after:
             # branch + x is what the model makes of the branch alone
@@ -246,4 +295,6 @@ class Bottleneck(Unit):
         if config.ln_after:
             u = self.norm_after((u + own if inside else u).to(self.dtype)).to(u.dtype)
         result = u if config.ln_after and inside else u + own
+        if config.swapped and config.original_ln_after:
+            result = result + h - residual  # the model adds the residual, and not the branch
         return self.gives(out, result, residual, flow)

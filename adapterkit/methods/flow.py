@@ -89,7 +89,8 @@ class Release(nn.Module):
         flow = flow_of(host)
         if f"{self.branch}!" in flow:
             del flow[f"{self.branch}!"]
-            flow.pop(self.branch, None)
+            for mark in ("", "~", "+"):
+                flow.pop(f"{self.branch}{mark}", None)
         return out
 
 
@@ -102,6 +103,18 @@ class Forget(nn.Module):
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
         flow_of(host).pop(self.branch, None)
+        return out
+
+
+class Result(nn.Module):
+    """Behind the adapters of a branch: remember its result for the branch beside it."""
+
+    def __init__(self, reader: str) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        flow_of(host)[f"{self.reader}+"] = first(out)
         return out
 
 

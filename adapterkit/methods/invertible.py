@@ -33,6 +33,10 @@ class InvertibleConfig(MethodConfig):
         default=None, description="undo it before the output embeddings; None: where the class has them"
     )
 
+    stacks: tuple[str, ...] | None = Field(
+        default=None, description="stacks whose embeddings it follows; None: those that read no other stack"
+    )
+
     def model_post_init(self, context: Any) -> None:
         if self.non_linearity not in ACTIVATIONS:
             raise ValueError(f"non_linearity is one of {', '.join(ACTIVATIONS)}")
@@ -49,6 +53,8 @@ class InvertibleConfig(MethodConfig):
         read = [name for name, info in blueprint.stacks.items() if info.reads is not None]
         named = embedding_slots(blueprint)
         slots = {a: s for a, s in named.items() if s.stack not in read} or named
+        if self.stacks is not None:
+            slots = {a: s for a, s in named.items() if s.stack in self.stacks}
         if not slots:
             message = f"no stack of this model has embeddings that are named ({blueprint.interface_name})"
             raise PlanError(

@@ -23,6 +23,8 @@ class Branch(Slot):
 
     start: Slot
     """The module whose input is the residual x: the norm before the branch, else its first projection."""
+    inside: Slot
+    """The first projection, whose input is what the norm before the branch gives."""
     projection: Slot
     """The module that gives the branch its output: o, down or `out`."""
     after_residual: Slot | None
@@ -62,8 +64,8 @@ def _branch(
         return None
     inputs = (slots.get(f"{address}.{role}") for role in _INPUTS[sublayer])
     norm = places.get(f"{address}.norm.before") or places.get(f"{layer}.norm.before")
-    start = norm or next((slot for slot in inputs if slot is not None), None)
-    if start is None:
+    inside = next((slot for slot in inputs if slot is not None), norm)
+    if inside is None:
         return None
     points = ("tail",) if before_norm else ("norm.after", "tail")
     act = next((places[f"{address}.{p}"] for p in points if f"{address}.{p}" in places), projection)
@@ -79,7 +81,8 @@ def _branch(
         path=act.path,
         shape=(width, width),
         batch=act.batch,
-        start=start,
+        start=norm or inside,
+        inside=inside,
         projection=projection,
         after_residual=after,
         parallel=parallel,

@@ -486,6 +486,27 @@ class AdapterHub(Model):
     intermediate: str = Field("mlp.up", description="slot that their `intermediate` means")
     output: str = Field("mlp.down", description="slot that their `output` means")
     ignored: Strings = Field((), description="slots that they accept and leave unadapted")
+    adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="below a layer, what keeps the bottlenecks of a sublayer ('mlp', 'decoder.mlp')",
+    )
+    locations: dict[str, str] = Field(
+        default_factory=dict,
+        description="sublayers that their config counts as another: mostly, cross-attention",
+    )
+    hooked: bool = Field(
+        False, description="bottlenecks act at the output projection, before the norm and the residual add"
+    )
+    residual: dict[str, Literal["input", "chained", "none"]] = Field(
+        default_factory=dict,
+        description="what bottlenecks of a sublayer take for the residual, where it is not the stream",
+    )
+    swapped: Strings = Field((), description="sublayers whose bottlenecks get branch and residual swapped")
+    other_norm: Strings = Field(
+        (), description="sublayers whose `original_ln_before` means the norm of another layer"
+    )
+    invertible: str | None = Field(None, description="stack with invertible adapters behind its embeddings")
+    inverse: bool = Field(False, description="classes with a vocabulary undo invertible adapters before it")
     refused: Reason | None = Field(None, description="why their numbers cannot be reproduced on this family")
 
 

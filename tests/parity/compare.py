@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -59,14 +60,23 @@ def base(case: Case, attn: str) -> nn.Module:
 def adapter_directory(case: Case, work: Path) -> Path:
     """The case's adapter directory, with the tensors that `save_adapter` left out where there are any.
 
-    From a base model class it does not save what VeRA shares, and then the numbers are not in the files.
+    From a base model class it does not save what VeRA and Compacter share, and then the numbers are not in
+    the files. Nor does it write the option that makes a DiReFT of a NoReFT; it is written here.
     """
     directory = case.directory / "adapters" / "a"
     extra = case.directory / "extra_params.safetensors"
-    if not extra.exists():
+    is_direft = case.name.startswith("direft")
+    if not extra.exists() and not is_direft:
         return directory
     copied = Path(tempfile.mkdtemp(dir=work)) / "a"
     shutil.copytree(directory, copied)
+    if is_direft:
+        path = copied / "adapter_config.json"
+        said = json.loads(path.read_text(encoding="utf-8"))
+        said["config"]["subtract_projection"] = False
+        path.write_text(json.dumps(said), encoding="utf-8")
+    if not extra.exists():
+        return copied
     tensors = stored(copied)
     (copied / "pytorch_adapter.bin").unlink(missing_ok=True)
     save_file({**tensors, **load_file(extra)}, copied / "adapter.safetensors")

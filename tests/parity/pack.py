@@ -17,22 +17,29 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 
 from tests.parity import weights
-from tests.parity.recordings import COMPACT, Case, cases, unpacked
+from tests.parity.recordings import BOTTLENECK, COMPACT, LORA, OTHERS, Case, cases, unpacked
 
+LINEAR = r"lora_all|ia3_all"
 KEPT = {
-    "bert": r".*",
-    "clip": r"lora_all|ia3_all|vera",  # two towers
-    "deberta": r".*",  # fused per head, cut into thirds
-    "encoder-decoder": r"lora_all|vera",  # models in a model
-    "gpt2": r".*",  # fused in blocks, transposed
-    "llama": r"lora_all|ia3_all|ia3_alpha2|merge_lora_all",  # grouped queries; up and down are swapped
-    "modernbert": r"lora_all|lora_gating|ia3_all",  # fused MLP
-    "t5": r"lora_all|lora_leave_out|lora_gating|ia3_all|dora_all|vera",  # two stacks, cross-attention
-    "vit": r"lora_all|dora_all",  # other paths than then
+    "bert": rf"{LORA}|{BOTTLENECK}|{OTHERS}",
+    "albert": r"lora_all|seq_bn|seq_bn_inv|noreft",  # layers that are run again
+    "clip": r"lora_all|ia3_all|vera|double_seq_bn|seq_bn_inv|loreft",  # two towers
+    "deberta": LORA,  # fused per head, cut into thirds
+    "encoder-decoder": r"lora_all|vera|compacter|seq_bn_inv|bn_rf_map_leave_out",  # models in a model
+    "gemma2": r"lora_all|double_seq_bn|par_bn_mh",  # norms behind the branches
+    "gpt2": rf"{LORA}|bn_ob.*|compacter",  # fused in blocks, transposed; norms before the branches
+    "gptj": r"lora_all|bn_ob.*|par_bn_mh|adapterplus",  # branches beside one another
+    "llama": rf"{LINEAR}|ia3_alpha2|merge_lora_all|seq_bn_inv|loreft",  # up and down are swapped
+    "modernbert": rf"{LINEAR}|lora_gating|seq_bn|par_bn_mh",  # fused MLP; the residual is the normed input
+    "phi": r"lora_all|seq_bn|par_bn|bn_obT_oaT_resF|compacter|union_two_bn",  # no residual at the MLP
+    "qwen2": r"lora_all|bn_obT_oaT_resF",
+    "t5": rf"{LINEAR}|lora_leave_out|lora_gating|dora_all|vera|bn_cross|compacter|seq_bn_inv|noreft",
+    "vit": r"lora_all|dora_all|double_seq_bn|adapterplus",  # other paths than then
+    "whisper": r"lora_all|seq_bn_inv|bn_cross",
 }
-"""Cases of the families that stand for a structure; of other families, and of other classes, one is kept."""
-OTHERS = r"lora_all"
-WITH_HEAD = r"lora|vera"
+"""Cases of the families that stand for a structure; of other families and classes, a few are kept."""
+ELSE = r"lora_all|double_seq_bn"
+WITH_HEAD = r"lora|vera|seq_bn_inv"
 FACTS = ("attn", "merge")
 
 
@@ -42,7 +49,7 @@ def chosen(recording: Path) -> dict[str, list[Case]]:
     first: dict[str, str] = {}
     for case in cases(recording):
         plain = first.setdefault(case.family, case.cls) == case.cls
-        if re.fullmatch(KEPT.get(case.family, OTHERS) if plain else WITH_HEAD, case.name):
+        if re.fullmatch(KEPT.get(case.family, ELSE) if plain else WITH_HEAD, case.name):
             found.setdefault(case.family, []).append(case)
     return found
 

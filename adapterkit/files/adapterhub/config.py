@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
+from adapterkit.errors import FileFormatError, Problem, did_you_mean
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
 from adapterkit.methods.ia3 import IA3Config
@@ -17,7 +17,6 @@ from adapterkit.methods.vera import VeRAConfig
 from adapterkit.model.blueprint import Slot
 
 Kind = Literal["lora", "ia3", "vera", "dora", "dvora", "mtl_lora"]
-_KNOWN = ("lora", "mtl_lora")
 
 
 class LoRAFile(BaseModel):
@@ -101,28 +100,23 @@ class LoRAFile(BaseModel):
         return MTLLoRAConfig(**where, n_up=self.n_up_projection, sharpness=self.weights_sharpness)
 
 
-def parse(config: Mapping[str, Any]) -> LoRAFile:
-    """The config of a file.
+T = TypeVar("T", bound=BaseModel)
 
-    Raises: FileFormatError: a method outside the LoRA family; options that are unknown, wrong or not had.
+
+def validated(model: type[T], config: Mapping[str, Any]) -> T:
+    """A config of theirs as this model.
+
+    Raises: FileFormatError: options that are unknown or wrong.
     """
-    architecture = config.get("architecture")
-    if architecture not in _KNOWN:
-        message = f"holds an adapter of architecture {architecture!r}, which cannot be read yet"
-        raise FileFormatError(Problem("unsupported-method", message, expected=f"one of {listing(_KNOWN)}"))
     try:
-        theirs = LoRAFile.model_validate(config)
+        return model.model_validate(config)
     except ValidationError as error:
-        raise FileFormatError(_problem(item) for item in error.errors(include_url=False)) from None
-    problems = list(theirs.refusals())
-    if problems:
-        raise FileFormatError(problems)
-    return theirs
+        raise FileFormatError(_problem(model, item) for item in error.errors(include_url=False)) from None
 
 
-def _problem(item: Any) -> Problem:
-    where = str(item["loc"][0])
+def _problem(model: type[BaseModel], item: Any) -> Problem:
+    where = str(item["loc"][0]) if item["loc"] else ""
     if item["type"] == "extra_forbidden":
-        hint = did_you_mean(where, LoRAFile.model_fields)
+        hint = did_you_mean(where, model.model_fields)
         return Problem("unknown-option", f"the config has an unknown option {where!r}", where, "", hint)
     return Problem("bad-option", f"{item['input']!r} does not fit {where!r}", where, item["msg"])

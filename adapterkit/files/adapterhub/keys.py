@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from adapterkit.errors import FileFormatError, Problem, did_you_mean
-from adapterkit.files.adapterhub.places import hub_of
-from adapterkit.files.paths import known_paths
+from adapterkit.files.adapterhub.places import Layer, hub_of, layers
+from adapterkit.files.paths import known_paths, layer_paths, stack_paths
 from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.branches import branches
+
+Tensors = dict[str, torch.Tensor]
+Host = tuple[str, str]
+"""Kind of a module of theirs, and where: the path of a slot, the address of a branch, layer or stack."""
+MARKS = {
+    "lora": "loras",
+    "bottleneck": "adapters",
+    "reft": "reft_layer.refts",
+    "invertible": "invertible_adapters",
+}
+"""Kind -> what their keys say between the path of a module and the name of the adapter."""
+_CONTAINERS = {
+    "attention": "attention_adapters",
+    "cross_attention": "cross_attention_adapters",
+    "mlp": "output_adapters",
+}
+"""Below a layer, the modules that keep bottlenecks, where an interface says nothing else."""
 
 
 @dataclass(frozen=True)
 class Keyed:
     """The tensors of a file by where they belong."""
 
-    parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Path of the host in this model -> parameter in their words -> tensor."""
-    modules: dict[str, str] = field(default_factory=dict)
-    """Path of the host in this model -> the path that the file gives it."""
-    shared: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    parts: dict[Host, Tensors] = field(default_factory=dict)
+    """Host in this model -> parameter in their words -> tensor."""
+    modules: dict[Host, str] = field(default_factory=dict)
+    """Host in this model -> the path that the file gives it."""
+    shared: dict[str, Tensors] = field(default_factory=dict)
     """Path of a base model in the file -> parameter -> tensor."""
+
+    def base_of(self, host: Host) -> str | None:
+        """The base model in the file that a host lies in, of those that share tensors."""
+        module = self.modules[host]
+        return max((b for b in self.shared if not b or module.startswith(f"{b}.")), key=len, default=None)
 
 
 def sort(tensors: Mapping[str, torch.Tensor], name: str, blueprint: Blueprint) -> Keyed:
@@ -32,43 +55,82 @@ def sort(tensors: Mapping[str, torch.Tensor], name: str, blueprint: Blueprint) -
     """
     hosts, found, problems = _hosts(blueprint), Keyed(), []
     for key, tensor in tensors.items():
-        module, own, parameter = key.partition(f".loras.{name}.")
         base, common, shared = f".{key}".partition(f".shared_parameters.{name}.")
         if common:
             found.shared.setdefault(base[1:], {})[shared] = tensor
-        elif not own or module not in hosts:
-            hint = did_you_mean(module, hosts)
+            continue
+        kind, module, parameter = _cut(key, name)
+        host = (kind, hosts.get(kind, {}).get(module, ""))
+        if not host[1]:
+            hint = did_you_mean(module, hosts.get(kind, ()))
             problems.append(Problem("unknown-tensors", "belongs to no module of this model", key, "", hint))
-        elif found.modules.setdefault(hosts[module], module) != module:
-            message = f"belongs to the same module as tensors at {found.modules[hosts[module]]!r}"
+        elif found.modules.setdefault(host, module) != module:
+            message = f"belongs to the same module as tensors at {found.modules[host]!r}"
             problems.append(Problem("bad-file", message, key))
         else:
-            found.parts.setdefault(hosts[module], {})[parameter] = tensor
+            found.parts.setdefault(host, {})[parameter] = tensor
     if problems:
         raise FileFormatError(problems)
     return found
 
 
-def _hosts(blueprint: Blueprint) -> dict[str, str]:
-    """Every name that a host may have in a file -> its path here; names that could mean two are left out."""
+def _cut(key: str, name: str) -> tuple[str, str, str]:
+    """Kind, module and parameter of a key; no kind, where it is none of theirs."""
+    for kind, mark in MARKS.items():
+        module, own, parameter = f".{key}".partition(f".{mark}.{name}.")
+        if own:
+            return kind, module[1:], parameter
+    return "", key, ""
+
+
+def _hosts(blueprint: Blueprint) -> dict[str, dict[str, str]]:
+    """Kind -> every name that a host may have in a file -> the host, where it is the only one."""
     prefixes = hub_of(blueprint).prefix
-    names: dict[str, set[str]] = {}
-    for slot in blueprint:
-        if slot.layer is not None:
-            for path in known_paths(blueprint, slot):
-                for name in _with_and_without(path, prefixes):
-                    names.setdefault(name, set()).add(slot.path)
-    paths = {slot.path for slot in blueprint}
+    linear = {slot.path: known_paths(blueprint, slot) for slot in blueprint if slot.layer is not None}
+    bottlenecks, refts, acted_on = {}, {}, branches(blueprint)
+    for layer in layers(blueprint):
+        paths = layer_paths(blueprint, layer.stack, layer.index)
+        refts[layer.address] = paths
+        for sublayer in _CONTAINERS:
+            address = f"{layer.address}.{sublayer}"
+            if address in acted_on:
+                container = container_of(layer, sublayer)
+                bottlenecks[address] = tuple(f"{path}.{container}" for path in paths)
+    stacks = {stack: stack_paths(blueprint, stack) for stack in blueprint.stacks}
     return {
-        name: name if name in paths else next(iter(found))
-        for name, found in names.items()
-        if name in paths or len(found) == 1
+        "lora": _named(linear, prefixes),
+        "bottleneck": _named(bottlenecks, prefixes),
+        "reft": _named(refts, prefixes),
+        # a model of models names the module of one of them once more, as its own
+        "invertible": {"": ".", **_named(stacks, prefixes)},
     }
 
 
-def _with_and_without(path: str, prefixes: Iterable[str]) -> Iterable[str]:
+def container_of(layer: Layer, sublayer: str) -> str:
+    """The module below a layer that keeps the bottlenecks of a sublayer."""
+    said, stack = layer.hub.adapters, layer.stack.rpartition("/")[2]
+    return said.get(f"{stack}.{sublayer}") or said.get(sublayer) or _CONTAINERS[sublayer]
+
+
+def _named(hosts: Mapping[str, Iterable[str]], prefixes: Iterable[str]) -> dict[str, str]:
+    """Name -> host. A name that is the first of one host, its own, means that one."""
+    names: dict[str, dict[str, bool]] = {}
+    for host, paths in hosts.items():
+        for number, path in enumerate(paths):
+            for name in _with_and_without(path, prefixes):
+                own = number == 0 and name == path
+                names.setdefault(name, {})[host] = own or names.get(name, {}).get(host, False)
+    found = {}
+    for name, meant in names.items():
+        owners = [host for host, own in meant.items() if own] or list(meant)
+        if len(owners) == 1:
+            found[name] = owners[0]
+    return found
+
+
+def _with_and_without(path: str, prefixes: Iterable[str]) -> Iterator[str]:
     """A path as a base class and as the classes with heads write it."""
-    bare = next(
-        (path.removeprefix(f"{prefix}.") for prefix in prefixes if path.startswith(f"{prefix}.")), path
-    )
-    return (path, bare, *(f"{prefix}.{bare}" for prefix in prefixes))
+    dotted = f"{path}." if path else ""
+    bare = next((dotted.removeprefix(f"{p}.") for p in prefixes if dotted.startswith(f"{p}.")), dotted)
+    for name in (dotted, bare, *(f"{prefix}.{bare}" for prefix in prefixes)):
+        yield name.removesuffix(".")

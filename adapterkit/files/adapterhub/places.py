@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from adapterkit.errors import FileFormatError, Problem
@@ -77,17 +77,31 @@ def hub_of(blueprint: Blueprint) -> AdapterHub:
 
 def places(blueprint: Blueprint, theirs: LoRAFile) -> tuple[Place, ...]:
     """Every module that their config adapts in this model, in the order of the model."""
-    layers = [(layer, hub) for layer, hub, left_out in _layers(blueprint, theirs) if not left_out]
-    return tuple(place for layer, hub in layers for place in _in_layer(blueprint, layer, hub, theirs))
+    adapted = [layer for layer in layers(blueprint) if layer.number not in theirs.leave_out]
+    return tuple(
+        place for layer in adapted for place in _in_layer(blueprint, layer.address, layer.hub, theirs)
+    )
 
 
-def left_out(blueprint: Blueprint, theirs: LoRAFile) -> tuple[str, ...]:
+def left_out(blueprint: Blueprint, numbers: Collection[int]) -> tuple[str, ...]:
     """Addresses of the layers that their numbers leave out."""
-    return tuple(layer for layer, _, left_out in _layers(blueprint, theirs) if left_out)
+    return tuple(layer.address for layer in layers(blueprint) if layer.number in numbers)
 
 
-def _layers(blueprint: Blueprint, theirs: LoRAFile) -> Iterator[tuple[str, AdapterHub, bool]]:
-    """Address of every layer, and whether it is left out by the number they give it."""
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the model as they know it."""
+
+    address: str
+    number: int
+    hub: AdapterHub
+    """What the interface that describes the layer says."""
+    stack: str
+    index: int
+
+
+def layers(blueprint: Blueprint) -> Iterator[Layer]:
+    """Every layer with the number they give it."""
     separate = hub_of(blueprint).numbering == "separate"
     number, part = 0, ""
     for address, info in blueprint.stacks.items():
@@ -97,7 +111,7 @@ def _layers(blueprint: Blueprint, theirs: LoRAFile) -> Iterator[tuple[str, Adapt
         if (separate and part != before) or hub.numbering == "separate":
             number = 0
         for index in range(info.num_layers):
-            yield f"{address}.{index}", hub, number + index in theirs.leave_out
+            yield Layer(f"{address}.{index}", number + index, hub, address, index)
         number += info.num_layers
 
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
 from adapterkit.files.adapterhub import keys
-from adapterkit.files.adapterhub.config import LoRAFile, parse
-from adapterkit.files.adapterhub.places import Place, hub_of, left_out, places
-from adapterkit.files.adapterhub.shared import share
-from adapterkit.files.adapterhub.tensors import Units, refusals, shapes, units
+from adapterkit.files.adapterhub.bottleneck import BottleneckMember
+from adapterkit.files.adapterhub.invertible import InvertibleMember
+from adapterkit.files.adapterhub.lora import LoRAMember
+from adapterkit.files.adapterhub.member import Member
+from adapterkit.files.adapterhub.places import hub_of
+from adapterkit.files.adapterhub.reft import ReFTMember
 from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors
+from adapterkit.methods.union import union
 from adapterkit.model.blueprint import Blueprint
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD = "head_config.json"
+_METHODS: dict[str, Callable[[Mapping[str, Any], Blueprint], Member]] = {
+    "lora": LoRAMember,
+    "mtl_lora": LoRAMember,
+    "reft": ReFTMember,
+}
 
 
 def recognises(data: Mapping[str, Any]) -> bool:
@@ -30,8 +41,8 @@ def recognises(data: Mapping[str, Any]) -> bool:
 def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     """The adapter in a directory of AdapterHub.
 
-    Their `<module>.loras.<name>.<parameter>` become units at the slots of those modules. Where they compute
-    otherwise than the paper, the config that is returned says so; what we cannot compute is refused.
+    Their modules become units at the slots where they act. Where they compute otherwise than the paper, the
+    config that is returned says so; what we cannot compute is refused.
 
     Raises: FileFormatError: with everything that is unknown, missing or cannot be reproduced.
     """
@@ -45,29 +56,50 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
 
 def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     hub_of(blueprint)
-    theirs, name = parse(data["config"]), str(data.get("name"))
     _check_model(data, blueprint)
-    adapted = places(blueprint, theirs)
-    _refuse(problem for place in adapted for problem in refusals(place, theirs))
+    members, name = _members(data["config"], blueprint), str(data.get("name"))
+    _refuse(problem for member in members for problem in member.refusals())
     given = keys.sort(read_tensors(_weights(directory), allow_bin), name, blueprint)
-    _refuse(_differences(adapted, theirs, given))
-    found: Units = {}
-    for place in adapted:
-        found |= units(place, theirs, given.parts[place.host.path])
-    addresses = tuple(found)
-    if theirs.shares:
-        found, joined = share(found, adapted, given, theirs.r)
-        theirs = theirs.model_copy(update={"r": joined * theirs.r, "alpha": joined * theirs.alpha})
-    times = {place.host.address: len(place.blocks) for place in adapted if place.whole}
+    _refuse(_differences(members, given))
+    parts = [part for member in members for part in member.parts(given)]
+    config = union([part.config for part in parts])
+    chosen = {slot.address: slot for slot in config.select(blueprint).slots}
+    tensors: dict[str, torch.Tensor] = {}
+    addresses: list[str] = []
+    for number, part in enumerate(parts):
+        mark, inside = (f"{number}:", f"members.{number}.") if len(parts) > 1 else ("", "")
+        # what is shared alone stands at the slots that the config selects
+        addresses += [f"{mark}{a}" for a in part.units] or [a for a in chosen if a.startswith(mark)]
+        tensors |= {f"{mark}{a}.{n}": tensor for a, unit in part.units.items() for n, tensor in unit.items()}
+        tensors |= {f"shared.{inside}{n}": tensor for n, tensor in part.shared.items()}
     return Content(
         name=name,
-        config=theirs.method([blueprint.slots[a] for a in addresses], left_out(blueprint, theirs), times),
-        tensors={f"{a}.{name}": tensor for a, unit in found.items() for name, tensor in unit.items()},
-        addresses=addresses,
+        config=config,
+        tensors=tensors,
+        addresses=tuple(addresses),
         heads={f"heads.{name}": {}} if (directory / HEAD).is_file() else {},
         source=str(directory),
         facts={key: data.get(key) for key in ("model_name", "model_class", "model_type", "version")},
     )
+
+
+def _members(config: Mapping[str, Any], blueprint: Blueprint) -> list[Member]:
+    """The methods of a config.
+
+    Raises: FileFormatError: a method that is not known; options that are unknown, wrong or not had.
+    """
+    architecture = config.get("architecture")
+    if architecture == "union":
+        return [member for inner in config.get("configs", ()) for member in _members(inner, blueprint)]
+    if architecture is None:
+        found = BottleneckMember(config, blueprint)
+        inverted = [InvertibleMember(found.theirs, blueprint)] if found.theirs.inv_adapter else []
+        return [found, *inverted] if found.branches or not inverted else [*inverted]
+    if architecture not in _METHODS:
+        message = f"holds an adapter of architecture {architecture!r}, which cannot be read yet"
+        expected = f"one of {listing(['bottleneck', *_METHODS, 'union'])}"
+        raise FileFormatError(Problem("unsupported-method", message, expected=expected))
+    return [_METHODS[architecture](config, blueprint)]
 
 
 def _refuse(problems: Iterable[Problem]) -> None:
@@ -93,24 +125,30 @@ def _weights(directory: Path) -> Path:
     raise FileFormatError(Problem("bad-file", f"holds no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]}"))
 
 
-def _differences(adapted: tuple[Place, ...], theirs: LoRAFile, given: keys.Keyed) -> Iterator[Problem]:
+def _differences(members: Sequence[Member], given: keys.Keyed) -> Iterator[Problem]:
     """Where a file has not got exactly the tensors that its config asks for in this model."""
-    if not adapted:
+    asked = [member.wanted(given) for member in members]
+    if not any(asked):
         yield Problem(
             "empty-adapter", "the config adapts no module of this model, so that there is nothing to load"
         )
-    wanted = {(place.host.path, n): shape for place in adapted for n, shape in shapes(place, theirs).items()}
-    found = {(path, n): tensor for path, part in given.parts.items() for n, tensor in part.items()}
-    names = {key: ".".join(key) for key in wanted}
+    for (_, host), count in Counter(host for hosts in asked for host in hosts).items():
+        if count > 1:
+            yield Problem("adapted-twice", "more than one config of the union adapts this module", host)
+    whole = {host: shapes for hosts in asked for host, shapes in hosts.items()}
+    wanted = {(host, n): shape for host, shapes in whole.items() for n, shape in shapes.items()}
+    found = {(host, n): tensor for host, part in given.parts.items() for n, tensor in part.items()}
+    names = {key: f"{key[0][1]}.{key[1]}" for key in (*wanted, *found)}
+    known = [names[key] for key in wanted]
     for key in found.keys() - wanted.keys():
-        hint = did_you_mean(".".join(key), names.values())
-        yield Problem("unknown-tensors", "the config asks for no such tensor", ".".join(key), "", hint)
+        hint = did_you_mean(names[key], known)
+        yield Problem("unknown-tensors", "the config asks for no such tensor", names[key], "", hint)
     for key in wanted.keys() - found.keys():
         yield Problem("missing-tensors", "the file lacks this tensor", names[key])
     for key in wanted.keys() & found.keys():
         if tuple(found[key].shape) != wanted[key]:
             message = f"has shape {tuple(found[key].shape)}, {wanted[key]} was expected"
             yield Problem("other-shape", message, names[key])
-    if not theirs.shares:
+    if not any(member.shares for member in members):
         for base in given.shared:
-            yield Problem("unknown-tensors", f"{theirs.kind} shares no tensors", f"{base}.shared_parameters")
+            yield Problem("unknown-tensors", "the config shares no tensors", f"{base}.shared_parameters")

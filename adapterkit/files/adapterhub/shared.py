@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from adapterkit.errors import FileFormatError, Problem
 from adapterkit.files.adapterhub.keys import Keyed
+from adapterkit.files.adapterhub.member import Units
 from adapterkit.files.adapterhub.places import Place
-from adapterkit.files.adapterhub.tensors import Units
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,7 +29,7 @@ def share(units: Units, places: Sequence[Place], given: Keyed, rank: int) -> tup
     for place in places:
         address = place.host.address
         try:
-            own = _pair(given.shared, given.modules[place.host.path], place, rank)
+            own = _pair(given, place, rank)
         except FileFormatError as error:
             problems += error.problems
             continue
@@ -49,9 +49,9 @@ def share(units: Units, places: Sequence[Place], given: Keyed, rank: int) -> tup
     return {"shared": {"A": a, "B": b}, **found}, len(pairs)
 
 
-def _pair(shared: Mapping[str, Mapping[str, torch.Tensor]], module: str, place: Place, rank: int) -> Pair:
+def _pair(given: Keyed, place: Place, rank: int) -> Pair:
     """The matrices of the base model that a module lies in."""
-    base = max((base for base in shared if not base or module.startswith(f"{base}.")), key=len, default=None)
+    base, shared = given.base_of(("lora", place.host.path)), given.shared
     if base is None or shared[base].keys() != {"lora_A", "lora_B"}:
         message = (
             "the file lacks VeRA's shared matrices, which AdapterHub does not save from a base model class"

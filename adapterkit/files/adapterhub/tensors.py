@@ -8,12 +8,11 @@ import torch
 
 from adapterkit.errors import FileFormatError, Problem
 from adapterkit.files.adapterhub.config import LoRAFile
+from adapterkit.files.adapterhub.member import Units
 from adapterkit.files.adapterhub.places import Place
 from adapterkit.model.blueprint import Slot
 
 Tensors = Mapping[str, torch.Tensor]
-Units = dict[str, dict[str, torch.Tensor]]
-"""Address -> parameter of the unit there -> tensor."""
 
 
 def shapes(place: Place, theirs: LoRAFile) -> dict[str, tuple[int, ...]]:
