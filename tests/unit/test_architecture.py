@@ -132,6 +132,7 @@ def said(source: str) -> Iterator[tuple[int, str]]:
 
 OTHERS = {
     ("demo/train.py", "clip_grad_norm_"),  # a function of torch
+    ("files/adapterhub/bottleneck.py", "bert"),
     ("methods/bottleneck.py", "bert"),  # a way to start weights, which AdapterHub calls so
 }
 """Words that mean something else."""
