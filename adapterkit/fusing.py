@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from adapterkit.adapter import Adapter
+from adapterkit.composition import Fuse, Setup
 from adapterkit.errors import ConfigError, PlanError, Problem, did_you_mean, listing
 from adapterkit.methods.bottleneck import Bottleneck
 from adapterkit.methods.fusion import PRESETS, Fusion, FusionConfig
@@ -50,6 +51,23 @@ def users(name: str, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
     """Names of the fusions that an adapter is part of."""
     found = ((other, adapter.config) for other, adapter in adapters.items())
     return tuple(o for o, config in found if isinstance(config, FusionConfig) and name in config.children)
+
+
+def setup_of(adapter: Adapter) -> Setup:
+    """The setup under which an adapter acts: its name, or the block of which it is the weights."""
+    config = adapter.config
+    return Fuse(*config.children, name=adapter.name) if isinstance(config, FusionConfig) else adapter.name
+
+
+def refuse_used(name: str, adapters: Mapping[str, Adapter], verb: str) -> None:
+    """Refuse to take an adapter away whose units a fusion looks for.
+
+    Raises: PlanError.
+    """
+    found = users(name, adapters)
+    if found:
+        message = f"{name!r} is part of the fusion {listing(found)}"
+        raise PlanError(Problem("in-use", message, verb, "the fusion detached first"))
 
 
 def connect(fusion: Adapter, adapters: Mapping[str, Adapter]) -> None:

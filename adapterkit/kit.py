@@ -24,7 +24,7 @@ from adapterkit.errors import (
     listing,
 )
 from adapterkit.files import manifest, native, peft, reader
-from adapterkit.files.content import Content
+from adapterkit.files.assemble import assemble
 from adapterkit.inject import entry
 from adapterkit.inject.injector import (
     close_entries,
@@ -173,23 +173,10 @@ class Kit(Mapping[str, Adapter]):
             )
         for content in contents:
             self._check_name(name or content.name, replace, isinstance(content.config, FusionConfig))
-        for content in contents:
-            self._load(content, name or content.name, activate, trainable, head)
+        made = [assemble(self.blueprint, content, name or content.name, head) for content in contents]
+        for new in made:
+            self._install(new.plan, new.draft, new.heads, new.poolers, activate, trainable)
         return self
-
-    def _load(self, content: Content, name: str, activate: bool, trainable: bool, head: Head_) -> None:
-        selection = (
-            choose(self.blueprint, content.config, strict=False) if content.addresses is None else None
-        )
-        slots = selection.slots if selection else native.slots(self.blueprint, content)
-        with torch.device("meta"):
-            draft = build(content.config, slots, None)
-        heads = native.check_heads(self.blueprint, content, head)
-        plan = native.planned(self.blueprint, content, name, slots, heads, draft)
-        native.fill(plan, draft, content)
-        copies = {found: native.filled_head(copy_head(found.module), found, content) for found in heads}
-        poolers = native.filled_poolers(self.blueprint, content, copy_head) if head is not False else {}
-        self._install(plan, draft, copies, poolers, activate, trainable)
 
     def _cast(self, plan: Plan, draft: Draft, dtype: str | torch.dtype) -> None:
         """Units to the device and type of their hosts."""
@@ -227,9 +214,8 @@ class Kit(Mapping[str, Adapter]):
                 self.activate(self._active, self._skipped)
             raise
         adapter.require_grad(trainable)
-        setup = fusing.setup_of(adapter)
-        if activate or self._active == setup:
-            self.activate(setup)
+        if activate or self._active == fusing.setup_of(adapter):
+            self.activate(fusing.setup_of(adapter))
         report.log(plan)
         return self
 
@@ -287,14 +273,7 @@ class Kit(Mapping[str, Adapter]):
         if name in self._adapters and not replace:
             message = f"there already is an adapter {name!r}"
             raise ConfigError(Problem("name-taken", message, "name", "another name, or replace=True"))
-        self._refuse_used(name, "replace")
-
-    def _refuse_used(self, name: str, verb: str) -> None:
-        """Refuse to take away an adapter whose units a fusion looks for."""
-        users = fusing.users(name, self._adapters)
-        if users:
-            message = f"{name!r} is part of the fusion {listing(users)}"
-            raise PlanError(Problem("in-use", message, verb, "the fusion detached first"))
+        fusing.refuse_used(name, self._adapters, "replace")
 
     # -- which adapter acts
 
@@ -499,7 +478,7 @@ class Kit(Mapping[str, Adapter]):
         if adapter.merged:
             self.unmerge()
         self._refuse_merged("detach")
-        self._refuse_used(name, "detach")
+        fusing.refuse_used(name, self._adapters, "detach")
         if len(self._adapters) == 1:
             self._remove_all()
             return self.model

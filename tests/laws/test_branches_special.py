@@ -56,13 +56,13 @@ def test_the_rest_gives_the_same_in_chunks(row: str) -> None:
     torch.testing.assert_close(run(cut, given), run(whole, given), rtol=1e-5, atol=1e-5)
 
 
-class Interrupted(Exception):
+class CutShortError(Exception):
     pass
 
 
 def interrupt(module: nn.Module) -> Any:
     def hook(*_: Any) -> None:
-        raise Interrupted
+        raise CutShortError
 
     return module.register_forward_pre_hook(hook)
 
@@ -90,7 +90,7 @@ def test_a_pass_that_is_cut_short_does_not_spoil_the_next(row: str, path: str) -
         for second in ("a", "b", None):
             kit.activate(first)
             handle = interrupt(model.get_submodule(path))
-            with pytest.raises(Interrupted):
+            with pytest.raises(CutShortError):
                 run(model, tiny.inputs(row, seed=1))
             handle.remove()
             kit.activate(second)
