@@ -6,8 +6,8 @@ import torch
 
 from adapterkit.adapter import Adapter
 from adapterkit.errors import FileFormatError, Problem
+from adapterkit.files.assemble import compare
 from adapterkit.files.content import Content
-from adapterkit.files.native import compare
 
 
 @torch.no_grad()
