@@ -76,7 +76,7 @@ def vit(model: Any, pixels: Tensor, vectors: Tensor) -> Tensor:
 
 
 class _Bias(nn.Module):
-    """Stands for a module of relative positions: zero in the rows and columns of a prompt behind the first."""
+    """Stands for a module of relative positions: zero where a prompt behind the first is."""
 
     def __init__(self, module: nn.Module, count: int) -> None:
         super().__init__()
