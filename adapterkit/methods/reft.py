@@ -163,13 +163,33 @@ class ReFT(Unit):
         return with_first(out, result)
 
 
-def spans(mask: torch.Tensor | None, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_of(mask: Any, length: int) -> torch.Tensor | None:
+    """Which positions are tokens (B, T), as bools, from what a stack is given as its mask; None: all.
+
+    `generate` with a cache of fixed size gives what queries see of keys (B, 1, T, K), one for each kind of
+    layer. There a token is a position that sees itself, whatever window or order the layer has.
+    """
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, torch.Tensor):
+        return None
+    additive = mask.is_floating_point() and mask.ndim == 4
+    seen = mask > torch.finfo(mask.dtype).min / 2 if additive else mask != 0
+    if seen.ndim > 2:
+        seen = seen[:, 0] if seen.ndim == 4 else seen
+        seen = seen[:, 0] if seen.shape[1] == 1 else seen.diagonal(dim1=1, dim2=2)
+        seen = seen[:, :length]
+    return seen if seen.shape[1] == length else None
+
+
+def spans(mask: Any, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First position and the one behind the last of every example: (B,) each."""
     rows, length = h.shape[:2]
-    if mask is None or mask.ndim != 2 or mask.shape[1] != length:
+    seen = tokens_of(mask, length)
+    if seen is None:
         begin = torch.zeros(rows, dtype=torch.long, device=h.device)
         return begin, begin + length
-    ones = (mask != 0).long().to(h.device)
+    ones = seen.expand(rows, -1).long().to(h.device)
     begin = ones.argmax(dim=1)
     return begin, begin + ones.sum(dim=1)
 
