@@ -507,6 +507,7 @@ class AdapterHub(Model):
     )
     invertible: str | None = Field(None, description="stack with invertible adapters behind its embeddings")
     inverse: bool = Field(False, description="classes with a vocabulary undo invertible adapters before it")
+    no_prompt: Reason | None = Field(None, description="why their prompt tuning cannot be reproduced")
     refused: Reason | None = Field(None, description="why their numbers cannot be reproduced on this family")
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 
 from tests.parity import weights
-from tests.parity.recordings import BOTTLENECK, COMPACT, LORA, OTHERS, Case, cases, unpacked
+from tests.parity.recordings import BOTTLENECK, COMPACT, LORA, OTHERS, PROMPT, Case, cases, unpacked
 
 LINEAR = r"lora_all|ia3_all"
 KEPT = {
-    "bert": rf"{LORA}|{BOTTLENECK}|{OTHERS}",
-    "albert": r"lora_all|seq_bn|seq_bn_inv|noreft",  # layers that are run again
+    "bert": rf"{LORA}|{BOTTLENECK}|{OTHERS}|{PROMPT}",
+    "albert": r"lora_all|seq_bn|seq_bn_inv|noreft|prompt_.*",  # layers that are run again
     "clip": r"lora_all|ia3_all|vera|double_seq_bn|seq_bn_inv|loreft",  # two towers
-    "deberta": LORA,  # fused per head, cut into thirds
+    "deberta": rf"{LORA}|prompt_tuning",  # fused per head, cut into thirds
+    "distilbert": r"lora_all|double_seq_bn|prompt_tuning",
     "encoder-decoder": r"lora_all|vera|compacter|seq_bn_inv|bn_rf_map_leave_out",  # models in a model
     "gemma2": r"lora_all|double_seq_bn|par_bn_mh",  # norms behind the branches
     "gpt2": rf"{LORA}|bn_ob.*|compacter",  # fused in blocks, transposed; norms before the branches
@@ -34,7 +35,7 @@ KEPT = {
     "phi": r"lora_all|seq_bn|par_bn|bn_obT_oaT_resF|compacter|union_two_bn",  # no residual at the MLP
     "qwen2": r"lora_all|bn_obT_oaT_resF",
     "t5": rf"{LINEAR}|lora_leave_out|lora_gating|dora_all|vera|bn_cross|compacter|seq_bn_inv|noreft",
-    "vit": r"lora_all|dora_all|double_seq_bn|adapterplus",  # other paths than then
+    "vit": r"lora_all|dora_all|double_seq_bn|adapterplus|prompt_tuning",  # other paths than then
     "whisper": r"lora_all|seq_bn_inv|bn_cross",
 }
 """Cases of the families that stand for a structure; of other families and classes, a few are kept."""

@@ -30,8 +30,9 @@ COMPACT = Path(__file__).parent / "data"
 LORA = r"lora.*|ia3.*|vera.*|dora.*|dvora|merge_.*|mtl_lora_single"
 BOTTLENECK = r"(double_)?seq_bn|(scaled_)?par_bn|par_bn_.*|bn_.*|adapterplus.*|compacter.*"
 OTHERS = r"seq_bn_(inv.*|glow)|(lo|no|di)reft.*|union_.*"
-PREFIX = r"mam|unipelt|prefix_.*|prompt_.*"
-METHODS = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PREFIX)))
+PROMPT = r"prompt_.*"
+PREFIX = r"mam|unipelt|prefix_.*"
+METHODS = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PROMPT, PREFIX)))
 """Cases of one adapter each."""
 
 
@@ -81,6 +82,8 @@ def refusal(case: Case) -> str | None:
     """The code that a case must be refused with; all others must agree."""
     if case.family == "xmod":
         return "not-reproducible"  # they take the language adapters out, which are a part of the model
+    if re.fullmatch(PROMPT, case.name) and case.family in ("deberta", "deberta-v2", "distilbert"):
+        return "not-reproducible"  # masks behind the place of the prompt, or prompts that attend to padding
     if re.fullmatch(PREFIX, case.name):
         return "unsupported-method"
     if case.family == "whisper" and case.name.startswith("seq_bn_inv"):

@@ -21,6 +21,7 @@ MARKS = {
     "bottleneck": "adapters",
     "reft": "reft_layer.refts",
     "invertible": "invertible_adapters",
+    "prompt": "prompt_tuning.prompt_tunings",
 }
 """Kind -> what their keys say between the path of a module and the name of the adapter."""
 _CONTAINERS = {
@@ -98,6 +99,7 @@ def _hosts(blueprint: Blueprint) -> dict[str, dict[str, str]]:
                 bottlenecks[address] = tuple(f"{path}.{container}" for path in paths)
     stacks = {stack: stack_paths(blueprint, stack) for stack in blueprint.stacks}
     return {
+        "prompt": _named(stacks, prefixes),
         "lora": _named(linear, prefixes),
         "bottleneck": _named(bottlenecks, prefixes),
         "reft": _named(refts, prefixes),
