@@ -239,11 +239,13 @@ class Kit(Mapping[str, Adapter]):
                 self._leave()
                 raise
         self._adapters[adapter.name] = adapter
+        self._top.attend(self.model)
 
     def _take(self, adapter: Adapter) -> None:
         """Take an adapter's modules out of the model."""
         others = (other.injection for other in self._adapters.values() if other is not adapter)
         eject(adapter.injection, others, self._top)
+        self._top.attend(self.model)
 
     def _enter(self) -> None:
         """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
@@ -255,8 +257,6 @@ class Kit(Mapping[str, Adapter]):
         self._hooks = [
             self.model.register_load_state_dict_pre_hook(place_tensors),
             self.model.register_state_dict_pre_hook(_refuse_merged_state),
-            self.model.register_forward_pre_hook(self._top, with_kwargs=True),
-            self.model.register_forward_hook(self._top.leave),
         ]
         self.model.__dict__[ATTRIBUTE] = self
 

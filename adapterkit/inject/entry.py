@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from adapterkit.runtime import Program, Runtime
 
@@ -53,6 +54,17 @@ class Top:
         self.runtime = runtime
         self.program: Program | None = None
         self.units: dict[str, nn.Module] = {}
+        self.hooks: tuple[RemovableHandle, ...] = ()
+
+    def attend(self, model: nn.Module) -> None:
+        """Hook the model while there are units here, and only then: compilers make a graph of every hook."""
+        if self.units and not self.hooks:
+            before = model.register_forward_pre_hook(self, with_kwargs=True)
+            self.hooks = (before, model.register_forward_hook(self.leave))
+        elif self.hooks and not self.units:
+            for hook in self.hooks:
+                hook.remove()
+            self.hooks = ()
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
