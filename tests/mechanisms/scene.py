@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ import adapterkit as ak
 from tests.models import tiny
 
 METHODS = ("lora", "ia3", "vera[r=4,d_initial=1]", "dora", "dvora[r=4,d_initial=1]")
+FEW = tuple(pytest.param(m, marks=() if m in ("lora", "dora") else pytest.mark.full) for m in METHODS)
 ALL_ROLES = "lora[targets=all,r=4]"
 
 

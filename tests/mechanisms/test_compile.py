@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import adapterkit as ak
-from tests.mechanisms.scene import METHODS, attach, gradients, run
+from tests.mechanisms.scene import FEW, METHODS, attach, gradients, run
 from tests.models import tiny
 
 ROWS = ("bert", "llama", "gpt2")  # separate projections, grouped queries, a fused one with transposed weights
@@ -137,7 +137,7 @@ def test_no_graph_breaks(row: str, method: str) -> None:
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW)
 def test_training_through_a_compiled_model(method: str) -> None:
     """Units write into the output of their host; the traced graph must give the same gradients."""
     model, given = tiny.build("gpt2").train(), tiny.inputs("gpt2")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import adapterkit as ak
-from tests.mechanisms.scene import METHODS, attach, run, same, tensors
+from tests.mechanisms.scene import FEW, METHODS, attach, run, same, tensors
 from tests.models import tiny
 
 Copier = Callable[[nn.Module], nn.Module]
@@ -111,7 +111,7 @@ def test_a_layer_that_was_compiled_in_place_can_be_copied(duplicate: Copier) -> 
     assert torch.equal(run(duplicate(model), given), run(model, given))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW)
 @pytest.mark.parametrize("row", ["bert", "llama", "gpt2"])
 def test_export(row: str, method: str) -> None:
     without_cache = {} if row == "bert" else {"use_cache": False}
