@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -174,7 +175,7 @@ class BranchConfig(MethodConfig):
             ):
                 if place is not None:
                     key = f"{kind.__name__.lower()}__{address.replace('.', '_').replace('/', '_')}"
-                    found.append(Helper(place, key, lambda k=kind, a=address: k(a), acts_on, phase))  # type: ignore[misc, arg-type]
+                    found.append(Helper(place, key, partial(kind, address), acts_on, phase))  # type: ignore[arg-type]
         return found
 
 
