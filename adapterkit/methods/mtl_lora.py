@@ -54,7 +54,11 @@ class MTLLoRA(Unit):
         self.A = uniform((rank, d_in), d_in, generator)
         self.L = nn.Parameter(torch.ones(rank) if config.task_matrix == "diagonal" else torch.eye(rank))
         self.B = nn.Parameter(torch.zeros(config.n_up, d_out, rank))
-        self.w = nn.Parameter(torch.zeros(config.n_up))
+        self.w: torch.Tensor
+        if config.n_up > 1:
+            self.w = nn.Parameter(torch.zeros(config.n_up))
+        else:
+            self.register_buffer("w", torch.zeros(1))  # the softmax of one number is 1, whatever the number
 
     def up(self) -> torch.Tensor:
         """The mixed up-projection (D_out, R)."""
