@@ -262,3 +262,11 @@ def test_adapters_keep_out_of_training_mode_and_follow_it(kit: ak.Kit) -> None:
     assert all(module.training for module in kit["d"].units.values())
     kit.model.eval()
     assert not any(module.training for adapter in kit.values() for module in adapter.units.values())
+
+
+def test_every_tensor_of_a_default_adapter_is_alive() -> None:
+    for method in ("lora", "ia3", "vera", "dora", "dvora", "mtl_lora"):
+        kit = ak.attach(bert(), method)
+        assert kit.verify(**INPUTS).ok, method
+        trained_numbers = sum(tensor.numel() for tensor in kit.model.parameters() if tensor.requires_grad)
+        assert kit["default"].num_parameters == trained_numbers
