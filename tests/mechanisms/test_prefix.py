@@ -1,0 +1,255 @@
+"""Prefix tuning: caches, kernels, compiling, threads, what is selected and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.errors import ConfigError, PlanError
+from tests.laws.matrix import CUSTOM, run
+from tests.laws.test_prefix import FLAT, GATED, MLP, attach
+from tests.models import tiny
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# one for each way to a core: the interface (grouped queries, own bias), a method, interception (two layouts)
+COMPILED = ("bert", "llama", "t5", "gptj", "deberta", "deberta_v2", "custom")
+
+
+@pytest.mark.parametrize("row", COMPILED)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_attach_and_activate_around_the_first_compiled_call(row: str) -> None:
+    model, inputs = tiny.build(row), tiny.inputs(row)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    bare = run(compiled, inputs)
+    kit = attach(model, row)
+    adapted = run(model, inputs)
+    torch.testing.assert_close(run(compiled, inputs), adapted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(adapted, bare, atol=1e-3)
+    with kit.disabled():
+        assert torch.equal(run(compiled, inputs), bare)
+    torch._dynamo.reset()
+    cold = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(cold, inputs), adapted, rtol=1e-4, atol=1e-5)
+    kit.activate(None)
+    torch.testing.assert_close(run(cold, inputs), bare, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", ["llama", "gptj", "custom"])
+def test_threads_have_prefixes_of_their_own(row: str) -> None:
+    model, inputs = tiny.build(row), tiny.inputs(row)
+    kit = attach(model, row, name="a")
+    attach(model, row, FLAT, name="b", seed=3)
+    alone = {}
+    for setup in ("a", "b", None):
+        with kit.using(setup):
+            alone[setup] = run(model, inputs)
+    assert not torch.equal(alone["a"], alone["b"])
+
+    def work(setup: str | None) -> bool:
+        with kit.using(setup):
+            return all(torch.equal(run(model, inputs), alone[setup]) for _ in range(5))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, ["a", "b", None] * 4))
+
+
+@pytest.mark.parametrize("row", ["llama", "gemma2", "mistral", "gpt2", "gptj", "t5"])
+def test_generate_with_a_static_cache(row: str) -> None:
+    cls = {"gpt2": "GPT2LMHeadModel"}.get(row) or tiny.classes(row)[1]
+    model = tiny.build(row, cls)
+    inputs = tiny.inputs(row, cls, padded=row != "gemma2")
+    attach(model, row)
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    torch._dynamo.reset()
+    dynamic = model.generate(**inputs, **given)
+    static = model.generate(**inputs, **given, cache_implementation="static", disable_compile=True)
+    assert torch.equal(dynamic, static)
+
+
+def test_a_prompt_that_has_no_mask_is_still_causal() -> None:
+    """All tokens real and attention by sdpa: transformers says `is_causal` in place of a mask."""
+    model = tiny.build("llama", attn="sdpa")
+    ids = tiny.inputs("llama", padded=False)["input_ids"]
+    attach(model, "llama")
+    with torch.no_grad():
+        whole = model(input_ids=ids).last_hidden_state
+        start = model(input_ids=ids[:, :4]).last_hidden_state
+    torch.testing.assert_close(whole[:, :4], start, rtol=1e-4, atol=1e-5)
+
+
+# torch speaks so of what transformers calls, and of its own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("row", ["llama", "mistral", "bert"])
+def test_flex_attention(row: str) -> None:
+    inputs = tiny.inputs(row)
+    found = {}
+    for attn in ("eager", "flex_attention"):
+        model = tiny.build(row, attn=attn)
+        attach(model, row)
+        found[attn] = fields(model, inputs)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found["flex_attention"][real], found["eager"][real], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def fields(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs).last_hidden_state
+
+
+def slots(row: str, **options: Any) -> list[str]:
+    return [slot.address for slot in ak.plan(tiny.build(row), {**MLP, **options}).slots]
+
+
+def test_which_cores_are_chosen() -> None:
+    every = {f"{s}.{i}.attention.core" for s in ("encoder", "decoder") for i in (0, 1)}
+    cross = {f"decoder.{i}.cross_attention.core" for i in (0, 1)}
+    assert set(slots("t5")) == every | cross
+    assert set(slots("t5", cross_prefix=False)) == every
+    decoder = {core for core in every if core.startswith("decoder")}
+    assert set(slots("t5", encoder_prefix=False)) == decoder | cross
+    assert set(slots("t5", cross_prefix=False, leave_out=["encoder.1", "decoder.0"])) == {
+        "encoder.0.attention.core",
+        "decoder.1.attention.core",
+    }
+    assert slots("bert", layers=1, encoder_prefix=False) == ["encoder.1.attention.core"]
+    found = slots("encoder_decoder", encoder_prefix=False)
+    assert found and all(core.startswith("decoder/") for core in found)
+
+
+def test_parameters_are_counted_by_hand() -> None:
+    """Llama: D 32, K 2, E 8, two layers; the last matrix has rows for two layers only."""
+    kit = ak.attach(tiny.build("llama"), MLP)
+    assert kit["default"].num_parameters == 3 * 32 + (32 + 1) * 6 + 2 * (6 + 1) * 2 * 2 * 8
+    kit = ak.attach(tiny.build("gemma2"), FLAT)
+    assert kit["default"].num_parameters == 2 * 3 * 2 * 2 * 16
+    kit = ak.attach(tiny.build("bert"), {**GATED, "flat": True})
+    assert kit["default"].num_parameters == 2 * (3 * 2 * 32 + 2 * (32 + 1))
+
+
+def test_mlp_formula() -> None:
+    kit = attach(tiny.build("llama"), "llama")
+    tensors = kit["default"].state_dict()
+    shared = {key.rpartition(".")[2]: t.double() for key, t in tensors.items() if key.startswith("shared.")}
+    hidden = torch.tanh(shared["embedding"] @ shared["weight"].T + shared["bias"])
+    kit.eject("default")
+    flat = kit["default"].state_dict()
+    for layer in (0, 1):
+        start = f"decoder.{layer}.attention.core"
+        rows = hidden @ tensors[f"{start}.weight"].double().T + tensors[f"{start}.bias"].double()
+        key, value = rows.view(3, 2, 2, 8).unbind(1)
+        torch.testing.assert_close(flat[f"{start}.key"].double(), key, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(flat[f"{start}.value"].double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, inputs = tiny.build("bert"), tiny.inputs("bert")
+    attach(model, "bert", {**FLAT, "dropout": 0.5})
+    assert torch.equal(run(model, inputs), run(model, inputs))
+    model.train()
+    assert not torch.equal(run(model, inputs), run(model, inputs))
+
+
+def test_bfloat16() -> None:
+    for row in ("llama", "deberta_v2", "gptj"):
+        model = tiny.build(row, dtype=torch.bfloat16)
+        kit = attach(model, row)
+        found = run(model, tiny.inputs(row))
+        assert {t.dtype for t in kit["default"].parameters()} == {found.dtype} == {torch.bfloat16}
+        wide = run(model.float(), tiny.inputs(row))
+        assert (found.float() - wide).norm() < 0.1 * wide.norm()
+
+
+class Einsum(nn.Module):
+    """Attention that no way to a core sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (4, 4)) for part in (self.q, self.k, self.v))
+        weights = torch.einsum("bqhe,bkhe->bhqk", q, k).softmax(-1)
+        return self.o(torch.einsum("bhqk,bkhe->bqhe", weights, v).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Einsum()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+def spec(**attention: Any) -> dict[str, Any]:
+    roles = {"core": ".", "q": "q", "k": "k", "v": "v", "o": "o", **attention}
+    return {"adapterkit": 1, "stacks": {"encoder": {"layers": "layers", "attention": roles}}}
+
+
+def test_attention_that_is_not_seen_is_an_error_at_the_first_call() -> None:
+    model = Model()
+    kit = ak.attach(model, FLAT, interface=spec())
+    with pytest.raises(PlanError) as refused:
+        model(torch.randn(1, 3, 16))
+    assert refused.value.code == "attention-not-hit"
+    with kit.disabled():
+        model(torch.randn(1, 3, 16))
+
+
+def test_heads_that_nothing_shows() -> None:
+    model = Model()
+    del model.layers[0].num_heads
+    with pytest.raises(PlanError) as refused:
+        ak.attach(model, FLAT, interface=spec())
+    assert refused.value.code == "no-head-size"
+    ak.attach(model, FLAT, interface=spec(sizes={"kv_heads": 4, "heads": 4}))
+
+
+def test_attention_functions_with_other_rules_are_refused() -> None:
+    model, inputs = tiny.build("bert"), tiny.inputs("bert")
+    kit = attach(model, "bert")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(PlanError) as refused:
+        model.encoder.layer[0].attention.self(torch.randn(2, 3, 32))
+    assert refused.value.code == "attention-function"
+    model.config._attn_implementation = "eager"
+    kit.eject("default")
+    with pytest.raises(PlanError) as nothing:
+        kit.eject("default")
+    assert nothing.value.code == "nothing-to-eject"
+    run(model, inputs)
+
+
+def test_wrong_options() -> None:
+    for options in ({"prefix_length": 0}, {"non_linearity": "sine"}, {"dropout": 1.0}):
+        with pytest.raises(ConfigError) as refused:
+            ak.plan(tiny.build("bert"), {**MLP, **options})
+        assert refused.value.code == "bad-option"
+    assert ak.plan(tiny.build("bert"), "prefix_tuning_flat").config.flat
+
+
+def test_a_prefix_cannot_be_merged() -> None:
+    kit = attach(tiny.build("bert"), "bert")
+    with pytest.raises(PlanError) as refused:
+        kit.merge("default")
+    assert refused.value.code == "cannot-merge"
+
+
+def test_custom_models_need_no_config() -> None:
+    kit = attach(tiny.build("custom"), "custom")
+    assert {slot.path for slot in kit["default"].plan.slots} == {"blocks.0.attention", "blocks.1.attention"}
+    assert CUSTOM.exists()
