@@ -53,7 +53,7 @@ def test_principal_starts(module: nn.Module, init: str, factors: Any) -> None:
     method = {"method": "lora", "r": R, "alpha": 5, "init": init}
     start = one.units(method, [one.slot(module)], random=False)["q"]
     A, B, residual = factors(W, R, scaling)
-    # the principal part is scaling B A in PiSSA, B A in OLoRA: there the factor divides our start; both float32
+    # the principal part is scaling B A in PiSSA, B A in OLoRA, whose start we divide by the factor; float32
     principal = W - residual if init == "pissa" else B @ A
     torch.testing.assert_close(scaling * (start.B @ start.A), principal, rtol=1e-5, atol=1e-6)
     x = one.tokens()
