@@ -15,6 +15,9 @@ import adapterkit as ak
 from tests.laws.matrix import CUSTOM, generating, loss, run
 from tests.models import tiny
 
+# said by EncoderDecoderModel whenever it is given labels
+pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces a better way:FutureWarning")
+
 P = 3
 MLP = {"method": "prefix_tuning", "prefix_length": P, "bottleneck_size": 6}
 FLAT = {"method": "prefix_tuning", "flat": True, "prefix_length": P}

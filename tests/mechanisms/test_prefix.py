@@ -92,7 +92,9 @@ def test_a_prompt_that_has_no_mask_is_still_causal() -> None:
 
 # torch speaks so of what transformers calls, and of its own compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("row", ["llama", "mistral", "bert"])
+@pytest.mark.parametrize(
+    "row", ["llama", *(pytest.param(r, marks=pytest.mark.full) for r in ("mistral", "bert"))]
+)
 def test_flex_attention(row: str) -> None:
     inputs = tiny.inputs(row)
     found = {}
