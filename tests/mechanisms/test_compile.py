@@ -150,6 +150,8 @@ def test_training_through_a_compiled_model(method: str) -> None:
         assert torch.allclose(found[key], gradient, rtol=1e-4, atol=1e-5), key
 
 
+# inductor itself still imports what torch gives up
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.full
 def test_inductor() -> None:
     model, given = tiny.build("bert"), tiny.inputs("bert")

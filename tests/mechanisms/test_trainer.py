@@ -74,14 +74,17 @@ def live(model: nn.Module) -> dict[str, Tensor]:
 
 
 @rows
-@pytest.mark.parametrize("method", ["lora[r=4]", pytest.param("vera[r=4]", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "method", ["lora[r=4]", pytest.param("vera[r=16,targets=all,d_initial=1]", marks=pytest.mark.full)]
+)
 def test_train_and_resume(row: str, method: str, tmp_path: Path) -> None:
     model = model_for(row, method)
     base = {key: value.clone() for key, value in model.state_dict().items() if ".adapterkit." not in key}
     whole = trainer_for(model, row, tmp_path / "whole")
+    start = whole.evaluate()["eval_loss"]
     whole.train()
     curve = losses(whole)
-    assert len(curve) == STEPS and min(curve[-2:]) < 0.9 * curve[0]
+    assert len(curve) == STEPS and whole.evaluate()["eval_loss"] < 0.98 * start
     assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
 
     checkpoint = tmp_path / "whole" / f"checkpoint-{HALF}"
@@ -109,7 +112,9 @@ def test_the_best_model_is_restored(row: str, tmp_path: Path) -> None:
 
 
 @rows
-@pytest.mark.parametrize("method", ["lora[r=4]", "vera[r=4]"])
+@pytest.mark.parametrize(
+    "method", ["lora[r=4]", pytest.param("vera[r=16,targets=all,d_initial=1]", marks=pytest.mark.full)]
+)
 def test_adapters_are_taken_out_of_a_checkpoint(row: str, method: str, tmp_path: Path) -> None:
     given = tiny.inputs(row, CLASSES[row])
     model = model_for(row, method)
