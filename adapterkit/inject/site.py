@@ -104,9 +104,7 @@ def _rebuild(base: Any, *attended: Any) -> nn.Module:
 
 
 @cache
-def adapted(
-    base: type[nn.Module], kernel: Kernel | None = None, eager: str | None = None
-) -> type[nn.Module]:
+def adapted(base: type[nn.Module], kernel: Kernel | None = None, eager: str | None = None) -> type[nn.Module]:
     """The subclass of `base` whose forward runs the site. It keeps the names that other libraries look at.
 
     Args: kernel, eager: how the class computes attention, where the interface says it.
