@@ -57,6 +57,8 @@ def test_threads_with_different_adapters(row: str) -> None:
     assert kit.active is None and torch.equal(run(model, given), bare)
 
 
+# torch sometimes compiles a graph anew when several threads look for theirs at once, without adapters too
+@torch._dynamo.config.patch(recompile_limit=256)
 def test_threads_that_share_a_compiled_model() -> None:
     torch._dynamo.reset()
     model, kit, given, _ = prepared("bert", 4)
