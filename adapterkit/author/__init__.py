@@ -1,0 +1,1 @@
+"""For who writes an interface: tiny models, one recorded forward, a draft, the proof."""

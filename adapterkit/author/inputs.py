@@ -1,0 +1,301 @@
+"""Dummy inputs of any model: what each argument of its forward may be, from its name and the config.
+
+An argument may have several forms (an image, a list of patches, frames of a film); the one that runs is
+found by trying. Nothing is downloaded, the seed decides every number.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH, SEQ, DECODER_SEQ, FRAMES = 2, 7, 5, 2
+FIRST_WORD, LAST_WORD = 5, 60
+TRIES = 48
+
+_SUB = "model_type"
+Inputs = dict[str, Any]
+
+
+class NotRunning(Exception):  # noqa: N818 - a fact for the caller, who makes an error of it
+    """No inputs were found with which the model runs; `reasons` are the errors of what was tried."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__(reasons[0] if reasons else "nothing to try")
+        self.reasons = reasons
+
+
+def draw(model: nn.Module, seed: int = 0, given: Mapping[str, Any] | None = None) -> Inputs:
+    """Inputs with which the model's forward runs.
+
+    Args: given: what is known of some arguments; the rest is found.
+    Raises: NotRunning.
+    """
+    reasons: list[str] = []
+    for inputs in itertools.islice(Drawer(model, seed).candidates(), TRIES):
+        inputs |= given or {}
+        try:
+            run(model, inputs)
+        except Exception as error:  # models raise anything on inputs that do not fit
+            reason = f"{type(error).__name__}: {error}"
+            reasons += [reason] if reason not in reasons else []
+            continue
+        return inputs
+    raise NotRunning(reasons)
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """One forward in eval mode."""
+    return model.eval()(**inputs)
+
+
+class Drawer:
+    """The forms that each argument of a model may have."""
+
+    def __init__(self, model: nn.Module, seed: int = 0) -> None:
+        self.model = model
+        self.seed = seed
+        self.config = getattr(model, "config", None)
+        self.configs = list(_tree(self.config)) if self.config is not None else []
+        parameters = inspect.signature(model.forward).parameters
+        self.names = [
+            name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        self.required = {name for name in self.names if parameters[name].default is inspect.Parameter.empty}
+        self.generator = torch.Generator()
+
+    def candidates(self) -> Iterator[Inputs]:
+        """Sets of inputs, the likeliest first."""
+        main = getattr(self.model, "main_input_name", None)
+        media = [list(group) for group in self._media()]
+        text = self._text()
+        for kind in media:
+            for form in kind:
+                self.generator.manual_seed(self.seed)
+                inputs = form()
+                if not inputs:
+                    continue
+                with_text = "input_ids" in self.names
+                if with_text:
+                    yield inputs | self._prompted(inputs)
+                yield inputs | self._needed(inputs)
+        if main is None or main in self.names or "input_ids" in self.names or text:
+            yield text | self._needed(text)
+        every = [next((f for f in map(lambda form: form(), kind) if f), {}) for kind in media]
+        if len(every) > 1:
+            joined = {k: v for one in every for k, v in one.items()}
+            yield joined | self._prompted(joined) | self._needed(joined)
+        for shape in ((BATCH, SEQ), (BATCH, SEQ, self._width()), (BATCH, 3, 32, 32)):
+            for whole in (False, True):
+                self.generator.manual_seed(self.seed)
+                names = self.required or set(self.names[:1])
+                yield {n: self._ids(*shape) if not whole else self._floats(*shape) for n in names}
+
+    # -------------------------------------------------------------------------------------------- numbers
+
+    def _floats(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def _ids(self, *shape: int, below: int = LAST_WORD) -> Tensor:
+        return torch.randint(FIRST_WORD, max(below, FIRST_WORD + 1), shape, generator=self.generator)
+
+    def find(self, *patterns: str, kind: type = int) -> Any:
+        """The first field of a config whose name matches, in the order of the patterns."""
+        for pattern in patterns:
+            for config in self.configs:
+                for name, value in vars(config).items():
+                    if (
+                        re.fullmatch(pattern, name)
+                        and isinstance(value, kind)
+                        and not isinstance(value, bool)
+                    ):
+                        return value
+        return None
+
+    def _width(self) -> int:
+        return self.find("hidden_size", "d_model", "embed_dim", "n_embd", "dim") or 32
+
+    # ----------------------------------------------------------------------------------------------- text
+
+    def _text(self) -> Inputs:
+        self.generator.manual_seed(self.seed)
+        inputs: Inputs = {}
+        if "input_ids" in self.names:
+            inputs["input_ids"] = self._ids(BATCH, SEQ)
+        if "attention_mask" in self.names and inputs:
+            inputs["attention_mask"] = torch.ones(BATCH, SEQ, dtype=torch.long)
+        return inputs
+
+    def _needed(self, inputs: Inputs) -> Inputs:
+        """What the forward takes besides: the decoder's side, and what has no default."""
+        more: Inputs = {}
+        if "decoder_input_ids" in self.names:
+            more["decoder_input_ids"] = self._ids(BATCH, DECODER_SEQ)
+        for name in self.names:
+            if name in inputs or name in more or name not in self.required:
+                continue
+            made = self._named(name, inputs)
+            if made is not None:
+                more[name] = made
+        return more
+
+    def _named(self, name: str, inputs: Inputs) -> Any:
+        """An argument without a default, by its name."""
+        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else SEQ
+        if name.endswith("mask"):
+            return torch.ones(BATCH, length, dtype=torch.long)
+        if name == "bbox":
+            return torch.zeros(BATCH, length, 4, dtype=torch.long)
+        if name.endswith("ids"):
+            return self._ids(BATCH, length)
+        if name.endswith(("embeds", "states", "features", "embeddings")):
+            return self._floats(BATCH, length, self._width())
+        return None
+
+    def _prompted(self, media: Inputs) -> Inputs:
+        """A text with a placeholder for every feature that the media give."""
+        token, count = self._placeholder(media), self._features(media)
+        ids = self._ids(BATCH, SEQ)
+        if token is not None and count:
+            each = -(-count // BATCH)
+            holes = torch.full((BATCH, each), token)
+            ids = torch.cat([ids[:, :2], holes, ids[:, 2:]], 1)
+        inputs = {"input_ids": ids}
+        if "attention_mask" in self.names:
+            inputs["attention_mask"] = torch.ones_like(ids)
+        if "mm_token_type_ids" in self.names and token is not None:
+            inputs["mm_token_type_ids"] = (ids == token).long()
+        if "token_type_ids" in self.names and token is not None:
+            inputs["token_type_ids"] = (ids == token).long()
+        return inputs | {k: v for k, v in self._needed(inputs | media).items() if k not in inputs}
+
+    def _placeholder(self, media: Inputs) -> int | None:
+        kind = (
+            "video"
+            if any("video" in name for name in media)
+            else (
+                "audio"
+                if any(name.startswith(("input_feat", "input_val", "audio")) for name in media)
+                else "image"
+            )
+        )
+        found: int | None = self.find(
+            rf"{kind}_token_id", rf"{kind}_token_index", rf"{kind}_token_idx", rf".*{kind}.*token_(id|index)"
+        )
+        return found
+
+    def _features(self, media: Inputs) -> int:
+        """How many features the model makes of the media, as its own method for it shows."""
+        for method in ("get_image_features", "get_video_features", "get_audio_features"):
+            getter = getattr(self.model, method, None)
+            if getter is None:
+                continue
+            names = inspect.signature(getter).parameters
+            own = {name: value for name, value in media.items() if name in names}
+            if not own:
+                continue
+            with suppress(Exception), torch.no_grad():
+                return _rows(getter(**own))
+        return 0
+
+    # ---------------------------------------------------------------------------------------------- media
+
+    def _media(self) -> Iterator[list[Callable[[], Inputs]]]:
+        """For each kind of media that the forward takes, the forms it may have."""
+        if "pixel_values" in self.names:
+            yield [form for form in (self._patches, self._image, self._film, self._tiles, self._flat_image)]
+        for name in ("input_features", "input_values", "audio_values", "audio_input_features"):
+            if name in self.names:
+                yield [*self._sounds(name)]
+        for name in ("flattened_patches", "past_values", "inputs_embeds", "hidden_states"):
+            if name in self.required:
+                yield [lambda name=name: {name: self._floats(BATCH, SEQ, self._width())}]  # type: ignore[misc]
+
+    def _channels(self) -> int:
+        vision = self.find("num_channels", "in_channels", "in_chans", "channels", "num_image_channels")
+        return vision if isinstance(vision, int) and vision <= 16 else 3
+
+    def _side(self) -> tuple[int, int]:
+        size = self.find("image_size", "img_size", "input_size", "input_image_size", kind=(int, list, tuple))  # type: ignore[arg-type]
+        if isinstance(size, list | tuple) and len(size) >= 2:
+            return int(size[0]), int(size[1])
+        if isinstance(size, list | tuple) and size:
+            return int(size[0]), int(size[0])
+        return (size, size) if isinstance(size, int) else (64, 64)
+
+    def _image(self) -> Inputs:
+        return {"pixel_values": self._floats(BATCH, self._channels(), *self._side())}
+
+    def _film(self) -> Inputs:
+        frames = self.find("num_frames", "frames") or FRAMES
+        return {"pixel_values": self._floats(BATCH, frames, self._channels(), *self._side())}
+
+    def _tiles(self) -> Inputs:
+        inputs = {"pixel_values": self._floats(BATCH, 1, self._channels(), *self._side())}
+        if "image_sizes" in self.names:
+            inputs["image_sizes"] = torch.tensor([list(self._side())] * BATCH)
+        return inputs
+
+    def _flat_image(self) -> Inputs:
+        inputs = {"pixel_values": self._floats(BATCH, self._channels(), *self._side())}
+        if "image_sizes" in self.names:
+            inputs["image_sizes"] = torch.tensor([list(self._side())] * BATCH)
+        return inputs
+
+    def _patches(self) -> Inputs:
+        """Patches of all images in one row, with the grid that each image has."""
+        if "image_grid_thw" not in self.names and "grid_thw" not in self.names:
+            return {}
+        patch = self.find("patch_size") or 14
+        merge = self.find("spatial_merge_size", "merge_size") or 2
+        frames = self.find("temporal_patch_size") or 1
+        side = merge * 2
+        width = self._channels() * frames * patch * patch
+        grid = torch.tensor([[1, side, side]] * BATCH)
+        name = "image_grid_thw" if "image_grid_thw" in self.names else "grid_thw"
+        return {"pixel_values": self._floats(BATCH * side * side, width), name: grid}
+
+    def _sounds(self, name: str) -> Iterator[Callable[[], Inputs]]:
+        bins = (
+            self.find("num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim") or 80
+        )
+        long = 2 * (self.find("max_source_positions") or 64)
+        for shape in (
+            (BATCH, bins, long),
+            (BATCH, long, bins),
+            (BATCH, 100, bins),
+            (BATCH, bins, 128),
+            (BATCH, 4000),
+            (BATCH, 1, 4000),
+            (BATCH, 1, 1024, bins),
+            (BATCH, SEQ, self._width()),
+        ):
+            yield lambda shape=shape: {name: self._floats(*shape)}  # type: ignore[misc]
+
+
+def _tree(config: Any) -> Iterator[Any]:
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, _SUB):
+            yield from _tree(value)
+
+
+def _rows(found: Any) -> int:
+    """Number of feature vectors in what a model makes of an image."""
+    pooled = getattr(found, "pooler_output", None)
+    if pooled is None and isinstance(found, Mapping):
+        pooled = next(iter(found.values()))
+    value = found if pooled is None else pooled
+    if isinstance(value, Tensor):
+        return value.numel() // value.shape[-1]
+    if isinstance(value, list | tuple):
+        return sum(_rows(one) for one in value)
+    return 0

@@ -1,0 +1,182 @@
+"""A tiny instance of any model: random weights, seeded, no files and no network, with inputs that it runs on.
+
+model, inputs = tiny.build("some_type")            # its base class, from the default config
+model, inputs = tiny.build(config)                 # a config, a directory, a config.json
+model, inputs = tiny.build("package.module:make")  # a function that gives any nn.Module
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from adapterkit.author import inputs as drawing
+from adapterkit.author.shrink import WAYS, Shrinker
+from adapterkit.errors import ConfigError, Problem, did_you_mean
+
+PARAMETERS = 40_000_000
+"""What is larger than this after shrinking is not built."""
+SPREAD, SHIFT = 0.15, 0.05
+
+
+class Tiny(NamedTuple):
+    """A model in eval mode, and arguments of its forward by name."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+
+
+def build(
+    source: Any,
+    cls: type[nn.Module] | str | None = None,
+    *,
+    seed: int = 0,
+    given: Mapping[str, Any] | None = None,
+) -> Tiny:
+    """A tiny instance of `source`, always the same for the same seed.
+
+    Args:
+        source: a model type; a config; a directory with config.json, or such a file; `module:function` that
+            gives a module, or a module with its inputs; a module: taken as it is, unless it has a config.
+        cls: a class of transformers, or its name; default: the base model of the type.
+        given: arguments of the forward that are known; the others are found by trying.
+    Raises: ConfigError: there is no such model, no way of shrinking fits it, or no inputs run.
+    """
+    if isinstance(source, str) and ":" in source:
+        return _made(source, seed, given)
+    if isinstance(source, nn.Module):
+        config = getattr(source, "config", None)
+        if not hasattr(config, "model_type"):
+            return _drawn(source, seed, given, str(type(source).__name__))
+        return build(config, cls or type(source), seed=seed, given=given)
+    config = config_of(source)
+    wanted = _class(config, cls)
+    reasons: list[str] = []
+    for way in WAYS:
+        try:
+            model = instance(wanted, Shrinker(config, way).shrink(config), seed)
+            return Tiny(model, drawing.draw(model, seed, given))
+        except drawing.NotRunning as error:
+            reasons.append(error.reasons[0] if error.reasons else str(error))
+        except Exception as error:  # constructors of transformers raise anything
+            reasons.append(f"{type(error).__name__}: {error}")
+    raise _refused(config.model_type, "; ".join(dict.fromkeys(map(_short, reasons))))
+
+
+def config_of(source: Any) -> Any:
+    """The config that `source` means: itself, of a directory or file, or the default one of a model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if hasattr(source, "model_type"):
+        return source
+    path = Path(source)
+    if path.exists():
+        return _read(path)
+    if source not in CONFIG_MAPPING:
+        raise _refused(str(source), "there is none of this name", did_you_mean(str(source), CONFIG_MAPPING))
+    try:
+        return CONFIG_MAPPING[source]()
+    except Exception as error:  # some configs need arguments
+        raise _refused(str(source), f"it has no default config: {_short(str(error))}") from error
+
+
+def _read(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # not readable, of an unknown type, needs code of its own
+        raise _refused(str(path), _short(str(error))) from error
+
+
+def _class(config: Any, cls: type[nn.Module] | str | None) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if cls is not None and not isinstance(cls, str):
+        return cls
+    found = getattr(transformers, cls, None) if cls else MODEL_MAPPING.get(type(config), None)
+    if isinstance(found, tuple):
+        found = found[0]
+    if found is None:
+        raise _refused(config.model_type, f"transformers has no {cls or 'base model'} of this type")
+    return found
+
+
+def instance(cls: Any, config: Any, seed: int = 0) -> nn.Module:
+    """A model in eval mode whose weights the seed decides, large enough for attention to be uneven.
+
+    Raises: ValueError: it would not be tiny.
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        size = _size(cls, config)
+        if size is not None and size > PARAMETERS:
+            raise ValueError(f"{size:,} parameters after shrinking")
+        make = getattr(cls, "_from_config", cls)
+        model: nn.Module = make(copy.deepcopy(config))
+    redraw(model, seed)
+    return model.float().eval()
+
+
+def _size(cls: Any, config: Any) -> int | None:
+    """Number of parameters, None if the class cannot tell without building."""
+    try:
+        with torch.device("meta"):
+            return int(sum(p.numel() for p in cls(copy.deepcopy(config)).parameters()))
+    except Exception:  # constructors that read their own weights
+        return None
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, seed: int) -> None:
+    """Draw every matrix anew, and move biases and norms a little: nothing is zero or one by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * SPREAD if parameter.dim() > 1 else parameter + noise * SHIFT)
+
+
+def _made(source: str, seed: int, given: Mapping[str, Any] | None) -> Tiny:
+    """What a factory gives: a module, or a module and its inputs."""
+    module, _, name = source.partition(":")
+    try:
+        factory: Callable[[], Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise _refused(source, f"it cannot be imported: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = factory()
+    model, inputs = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise _refused(source, f"it gives {type(model).__name__}, not a module")
+    if inputs is not None:
+        return Tiny(model.eval(), {**inputs, **(given or {})})
+    return _drawn(model, seed, given, source)
+
+
+def _drawn(model: nn.Module, seed: int, given: Mapping[str, Any] | None, name: str) -> Tiny:
+    try:
+        return Tiny(model.eval(), drawing.draw(model, seed, given))
+    except drawing.NotRunning as error:
+        why = f"no inputs were found that it runs on: {_short(str(error))}"
+        hint = "let the function give the module and a dict of its inputs"
+        raise _refused(name, why, hint) from error
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def _refused(name: str, why: str, hint: str = "") -> ConfigError:
+    expected = "a model type, a config or its directory, or module:function"
+    return ConfigError(Problem("no-such-model", f"model {name!r}: {why}", expected=expected, hint=hint))

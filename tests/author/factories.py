@@ -1,0 +1,35 @@
+"""Models that nobody wrote an interface for, as a user would hand them over: by `module:function`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tests.models.custom import TinyClassifier
+
+
+def classifier() -> nn.Module:
+    return TinyClassifier()
+
+
+class Odd(nn.Module):
+    """Takes what no name tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(11, 3)
+
+    def forward(self, wires: Tensor) -> Tensor:
+        return self.map(wires)
+
+
+def odd() -> nn.Module:
+    return Odd()
+
+
+def odd_with_inputs() -> tuple[nn.Module, dict[str, Tensor]]:
+    return Odd(), {"wires": torch.zeros(2, 11)}
+
+
+def no_module() -> int:
+    return 3

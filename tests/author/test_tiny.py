@@ -1,0 +1,113 @@
+"""Tiny instances: small, alike in structure to the real one, always the same, and they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from adapterkit.author import inputs, tiny
+from adapterkit.author.shrink import HEADS, KV_HEADS, VOCAB, WAYS, Shrinker
+from adapterkit.errors import ConfigError
+from tests.models.custom import TinyClassifier
+
+FACTORIES = "tests.author.factories"
+# one of each structure: post-norm, fused, grouped, two stacks, towers, sound, image, kinds of layers
+TYPES = "gpt2 qwen3 t5 clip whisper mixtral llava wav2vec2".split()
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_model_type_is_built_small_and_runs(model_type: str) -> None:
+    model, given = tiny.build(model_type)
+    assert model.config.model_type == model_type
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    assert inputs.run(model, given)
+
+
+def small(config: Any) -> Any:
+    return Shrinker(config, WAYS[0]).shrink(config)
+
+
+def test_every_kind_of_layer_is_kept() -> None:
+    for model_type in ("gemma3_text", "qwen3_next", "llama4_text"):
+        whole = transformers.CONFIG_MAPPING[model_type]()
+        assert set(small(whole).layer_types) == set(whole.layer_types)
+        assert len(small(whole).layer_types) == small(whole).num_hidden_layers < whole.num_hidden_layers
+
+
+def test_grouped_heads_stay_grouped() -> None:
+    grouped = small(transformers.LlamaConfig(num_attention_heads=32, num_key_value_heads=8))
+    assert (grouped.num_attention_heads, grouped.num_key_value_heads) == (HEADS, KV_HEADS)
+    plain = small(transformers.LlamaConfig(num_attention_heads=32, num_key_value_heads=32))
+    assert plain.num_attention_heads == plain.num_key_value_heads == HEADS
+    one = small(transformers.LlamaConfig(num_attention_heads=32, num_key_value_heads=1))
+    assert one.num_key_value_heads == 1
+
+
+def test_equal_sizes_stay_equal_and_others_differ() -> None:
+    config = transformers.LlamaConfig(hidden_size=512, intermediate_size=1536, vocab_size=9000)
+    tiny_config = small(config)
+    assert len({tiny_config.hidden_size, tiny_config.intermediate_size, tiny_config.vocab_size}) == 3
+    assert tiny_config.vocab_size == VOCAB
+    pair = small(transformers.LlavaConfig())
+    assert pair.vision_config.hidden_size != pair.text_config.hidden_size
+    assert max(pair.image_token_id, pair.text_config.eos_token_id) < pair.text_config.vocab_size
+
+
+def test_the_seed_decides_every_number() -> None:
+    first, again, other = (tiny.build("bert", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.inputs["input_ids"], again.inputs["input_ids"])
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+    assert not torch.equal(
+        first.model.get_input_embeddings().weight, other.model.get_input_embeddings().weight
+    )
+
+
+def test_the_random_numbers_of_the_caller_stay() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    tiny.build("bert")
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_what_a_source_may_be(tmp_path: Path) -> None:
+    config = transformers.BertConfig(hidden_size=96, num_attention_heads=3)
+    config.save_pretrained(tmp_path)
+    for source in (config, tmp_path, str(tmp_path / "config.json")):
+        model, _ = tiny.build(source)
+        assert type(model) is transformers.BertModel
+    large = transformers.BertForSequenceClassification(transformers.BertConfig(num_hidden_layers=3))
+    model, _ = tiny.build(large)
+    assert type(model) is transformers.BertForSequenceClassification and model is not large
+    named, _ = tiny.build("bert", "BertForMaskedLM")
+    assert type(named) is transformers.BertForMaskedLM
+
+
+def test_factories_of_any_module() -> None:
+    model, given = tiny.build(f"{FACTORIES}:classifier")
+    assert type(model) is TinyClassifier and inputs.run(model, given)["logits"].shape[0] == inputs.BATCH
+    _, given = tiny.build(f"{FACTORIES}:odd_with_inputs")
+    assert set(given) == {"wires"}
+    own = TinyClassifier()
+    assert tiny.build(own).model is own
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("bertt", "did you mean 'bert'"),
+        (f"{FACTORIES}:odd", "no inputs were found that it runs on"),
+        (f"{FACTORIES}:absent", "it cannot be imported"),
+        (f"{FACTORIES}:no_module", "it gives int, not a module"),
+        ("no.such.module:make", "it cannot be imported"),
+    ],
+)
+def test_what_cannot_be_built_says_why(source: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        tiny.build(source)
+    assert caught.value.code == "no-such-model"
