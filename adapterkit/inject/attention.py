@@ -43,7 +43,8 @@ class Route:
 
 def namespace(base: type[nn.Module], kernel: Kernel | None, eager: str | None) -> dict[str, Any]:
     """What the swapped class of an attention core has beside its forward; nothing for other modules."""
-    if kernel is not None:
+    # a class that has lost its own method, in a newer version, computes attention in one of the other ways
+    if kernel is not None and hasattr(base, kernel.method):
         return {"_adapterkit_routed": True, kernel.method: _method(getattr(base, kernel.method), kernel)}
     route = _route(base.forward, eager)
     if route is None:

@@ -17,6 +17,7 @@ from adapterkit.methods.lora import Gate, uniform
 from adapterkit.methods.targets import Selection, chosen_layers
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.cores import Core, cores
+from adapterkit.model.reading import read_stacks
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -108,17 +109,6 @@ class PrefixTuningConfig(MethodConfig):
                 unit.key, unit.value = (nn.Parameter(tensor.clone()) for tensor in old.states())
                 unit.train(old.training)
         return config, found, None
-
-
-def read_stacks(blueprint: Blueprint) -> set[str]:
-    """Stacks that another stack reads: the encoders."""
-    found = set()
-    for address, info in blueprint.stacks.items():
-        if info.reads is not None:
-            beside = f"{address.rpartition('/')[0]}/{info.reads.stack}".lstrip("/")
-            part = f"{info.reads.stack}/"
-            found |= {other for other in blueprint.stacks if other == beside or other.startswith(part)}
-    return found
 
 
 class PrefixUnit(Unit):

@@ -20,6 +20,7 @@ from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import layer_slots
 from adapterkit.model.embeddings import embedding_slots
+from adapterkit.model.reading import read_stacks, sources
 
 
 class PromptTuningConfig(MethodConfig):
@@ -63,7 +64,7 @@ class PromptTuningConfig(MethodConfig):
             names = tuple(
                 name
                 for name, info in blueprint.stacks.items()
-                if info.by_default and not _sources(blueprint, name)
+                if info.by_default and not sources(blueprint, name)
             )
         missing = [
             Problem("unknown-stack", f"there is no stack {name!r}", expected=", ".join(blueprint.stacks))
@@ -167,23 +168,6 @@ def _rows(slot: Slot, config: PromptTuningConfig, generator: torch.Generator | N
 # -- where a stack can take a prompt
 
 
-def _sources(blueprint: Blueprint, stack: str) -> list[str]:
-    """The stacks of this model that a stack reads: one beside it, or those of another part."""
-    reads = blueprint.stacks[stack].reads
-    if reads is None:
-        return []
-    part, slash, _ = stack.rpartition("/")
-    beside = f"{part}{slash}{reads.stack}"
-    if beside in blueprint.stacks and beside != stack:
-        return [beside]
-    outer, slash, _ = part.rpartition("/")
-    return [name for name in blueprint.stacks if name.startswith(f"{outer}{slash}{reads.stack}/")]
-
-
-def _is_read(blueprint: Blueprint, stack: str) -> bool:
-    return any(stack in _sources(blueprint, other) for other in blueprint.stacks)
-
-
 def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
     """The module that keeps the vectors, by where they go in:
 
@@ -246,7 +230,7 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
     for address, place in places.items():
         if place.stack == stack and place.role == "position_bias":
             add(place, _key("bias", address), partial(entering.WidenBias, stack), "output")
-    is_read = _is_read(blueprint, stack)
+    is_read = stack in read_stacks(blueprint)
     if not config.keep_positions:
         add(places.get(f"{stack}.pooler"), "pool", strip)
         if not is_read:
@@ -255,7 +239,7 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
             if in_layers:
                 add(last, "strip", strip, "output")
     for reader in blueprint.stacks:
-        if stack in _sources(blueprint, reader):
+        if stack in sources(blueprint, reader):
             reads, place = blueprint.stacks[reader].reads, entry_place(blueprint, reader)
             if reads is not None and reads.mask is not None:
                 make_read = partial(entering.WidenRead, reads.states, reads.mask, count, offset)

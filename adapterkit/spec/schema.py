@@ -507,6 +507,11 @@ class AdapterHub(Model):
     )
     invertible: str | None = Field(None, description="stack with invertible adapters behind its embeddings")
     inverse: bool = Field(False, description="classes with a vocabulary undo invertible adapters before it")
+    prefixes: dict[str, str] = Field(
+        default_factory=dict,
+        description="their word for the prefixes of a sublayer ('attention', 'text.attention')",
+    )
+    no_prefix: Reason | None = Field(None, description="why their prefix tuning cannot be reproduced")
     no_prompt: Reason | None = Field(None, description="why their prompt tuning cannot be reproduced")
     refused: Reason | None = Field(None, description="why their numbers cannot be reproduced on this family")
 

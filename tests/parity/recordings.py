@@ -84,11 +84,11 @@ def refusal(case: Case) -> str | None:
         return "not-reproducible"  # they take the language adapters out, which are a part of the model
     if re.fullmatch(PROMPT, case.name) and case.family in ("deberta", "deberta-v2", "distilbert"):
         return "not-reproducible"  # masks behind the place of the prompt, or prompts that attend to padding
-    if re.fullmatch(PREFIX, case.name):
-        return "unsupported-method"
+    if re.fullmatch(PREFIX, case.name) and case.family in ("t5", "mt5"):
+        return "not-reproducible"  # the position bias of the tokens is shifted
     if case.family == "whisper" and case.name.startswith("seq_bn_inv"):
         return "not-reproducible"  # theirs is not behind the embeddings, but behind the whole encoder
-    if case.family == "deberta" and case.name == "lora_gating":
+    if case.family == "deberta" and case.name in ("lora_gating", "unipelt"):
         return "gated-blocks"  # three gates, for thirds of rows that are no roles
     # they adapt no output projection, so that nothing is in the file
     return "empty-adapter" if case.name == "lora_o_only" else None

@@ -37,7 +37,7 @@ def refused(model: nn.Module, directory: Path, **options: Any) -> FileFormatErro
 @pytest.mark.parametrize(
     ("config", "code"),
     [
-        ({"architecture": "prefix_tuning"}, "unsupported-method"),
+        ({"architecture": "soft_prefix"}, "unsupported-method"),
         ({"rank": 8}, "unknown-option"),
         ({"r": "many"}, "bad-option"),
         ({"attn_matrices": ["q", "z"]}, "bad-option"),

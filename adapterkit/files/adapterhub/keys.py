@@ -12,16 +12,21 @@ from adapterkit.files.adapterhub.places import Layer, hub_of, layers
 from adapterkit.files.paths import known_paths, layer_paths, stack_paths
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.branches import branches
+from adapterkit.model.cores import cores
 
 Tensors = dict[str, torch.Tensor]
 Host = tuple[str, str]
-"""Kind of a module of theirs, and where: the path of a slot, the address of a branch, layer or stack."""
+"""Kind of a module of theirs, and where: the path of a slot or core, the address of a branch, layer or stack.
+A model that others are made of has the address of one of its stacks with '.' in place of the stack."""
 MARKS = {
     "lora": "loras",
     "bottleneck": "adapters",
     "reft": "reft_layer.refts",
     "invertible": "invertible_adapters",
     "prompt": "prompt_tuning.prompt_tunings",
+    "prefix": "prefix_tuning.pool.prefix_tunings",
+    "prefix_pool": "prefix_tuning.prefix_tunings",
+    "prefix_gate": "prefix_tuning.prefix_gates",
 }
 """Kind -> what their keys say between the path of a module and the name of the adapter."""
 _CONTAINERS = {
@@ -98,8 +103,12 @@ def _hosts(blueprint: Blueprint) -> dict[str, dict[str, str]]:
                 container = container_of(layer, sublayer)
                 bottlenecks[address] = tuple(f"{path}.{container}" for path in paths)
     stacks = {stack: stack_paths(blueprint, stack) for stack in blueprint.stacks}
+    attentions = {core.path: known_paths(blueprint, core) for core in cores(blueprint).values()}
     return {
         "prompt": _named(stacks, prefixes),
+        "prefix": _named(attentions, prefixes),
+        "prefix_gate": _named(attentions, prefixes),
+        "prefix_pool": _named(_models(blueprint), prefixes),
         "lora": _named(linear, prefixes),
         "bottleneck": _named(bottlenecks, prefixes),
         "reft": _named(refts, prefixes),
@@ -112,6 +121,17 @@ def container_of(layer: Layer, sublayer: str) -> str:
     """The module below a layer that keeps the bottlenecks of a sublayer."""
     said, stack = layer.hub.adapters, layer.stack.rpartition("/")[2]
     return said.get(f"{stack}.{sublayer}") or said.get(sublayer) or _CONTAINERS[sublayer]
+
+
+def _models(blueprint: Blueprint) -> dict[str, list[str]]:
+    """The models that this one is made of, itself if of none -> where each may be."""
+    found: dict[str, list[str]] = {}
+    for stack, info in blueprint.stacks.items():
+        own = info.path.split(".") if info.path else []
+        around = [".".join(own[:length]) for length in range(len(own), -1, -1)]
+        model = f"{stack.rpartition('/')[0]}/."
+        found[model] = [path for path in found.get(model, around) if path in around]
+    return found
 
 
 def _named(hosts: Mapping[str, Iterable[str]], prefixes: Iterable[str]) -> dict[str, str]:

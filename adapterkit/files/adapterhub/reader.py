@@ -17,6 +17,7 @@ from adapterkit.files.adapterhub.invertible import InvertibleMember
 from adapterkit.files.adapterhub.lora import LoRAMember
 from adapterkit.files.adapterhub.member import Member
 from adapterkit.files.adapterhub.places import hub_of
+from adapterkit.files.adapterhub.prefix import PrefixMember
 from adapterkit.files.adapterhub.prompt import PromptMember
 from adapterkit.files.adapterhub.reft import ReFTMember
 from adapterkit.files.content import Content
@@ -32,6 +33,7 @@ _METHODS: dict[str, Callable[[Mapping[str, Any], Blueprint], Member]] = {
     "mtl_lora": LoRAMember,
     "reft": ReFTMember,
     "prompt_tuning": PromptMember,
+    "prefix_tuning": PrefixMember,
 }
 
 
