@@ -128,7 +128,8 @@ def test_which_cores_are_chosen() -> None:
     }
     assert slots("bert", layers=1, encoder_prefix=False) == ["encoder.1.attention.core"]
     found = slots("encoder_decoder", encoder_prefix=False)
-    assert found and all(core.startswith("decoder/") for core in found)
+    assert all(core.startswith("decoder/") for core in found)
+    assert {core.rpartition(".")[0].rpartition(".")[2] for core in found} == {"attention", "cross_attention"}
 
 
 def test_parameters_are_counted_by_hand() -> None:
