@@ -55,7 +55,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        site = self.adapterkit
+        site = self._modules[CHILD]  # as an attribute it would be looked for in vain first, at every call
         override = site.runtime.override.programs
         program = site.program if override is None else override.get(site.key)
         if program is None:
@@ -87,7 +87,7 @@ def _call(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        site = self.adapterkit
+        site = self._modules[CHILD]
         override = site.runtime.override.programs
         program = site.program if override is None else override.get(site.key)
         if program is not None and program.before is not None and args:
