@@ -28,7 +28,14 @@ _HOMES = {
     "DoRAConfig": "adapterkit.methods.dora",
     "DVoRAConfig": "adapterkit.methods.dora",
     "MTLLoRAConfig": "adapterkit.methods.mtl_lora",
+    "Stack": "adapterkit.composition",
     "Fuse": "adapterkit.composition",
+    "Parallel": "adapterkit.composition",
+    "Split": "adapterkit.composition",
+    "BatchSplit": "adapterkit.composition",
+    "Average": "adapterkit.composition",
+    "MultiTask": "adapterkit.composition",
+    "Route": "adapterkit.composition",
     "FusionConfig": "adapterkit.methods.fusion",
     "BottleneckConfig": "adapterkit.methods.bottleneck",
     "CompacterConfig": "adapterkit.methods.compacter",
@@ -42,6 +49,8 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "Average",
+    "BatchSplit",
     "BottleneckConfig",
     "CompacterConfig",
     "DVoRAConfig",
@@ -54,10 +63,15 @@ __all__ = [
     "Kit",
     "LoRAConfig",
     "MTLLoRAConfig",
+    "MultiTask",
+    "Parallel",
     "Plan",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "ReFTConfig",
+    "Route",
+    "Split",
+    "Stack",
     "UnionConfig",
     "VeRAConfig",
     "__version__",
@@ -74,7 +88,16 @@ if TYPE_CHECKING:
     from adapterkit import errors
     from adapterkit.adapter import Adapter
     from adapterkit.api import attach, load, of, plan
-    from adapterkit.composition import Fuse
+    from adapterkit.composition import (
+        Average,
+        BatchSplit,
+        Fuse,
+        MultiTask,
+        Parallel,
+        Route,
+        Split,
+        Stack,
+    )
     from adapterkit.kit import Kit
     from adapterkit.methods.bottleneck import BottleneckConfig
     from adapterkit.methods.compacter import CompacterConfig

@@ -1,27 +1,49 @@
-"""Setups -> programs: which units each site runs, in which order."""
+"""Setups -> programs: which units each site runs, in which order and on which part of the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from adapterkit.adapter import Adapter
-from adapterkit.composition import Fuse, Setup
+from adapterkit.composition import (
+    Average,
+    BatchSplit,
+    Block,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Route,
+    Setup,
+    Split,
+    Stack,
+    check,
+    copies,
+    examples,
+    names,
+)
+from adapterkit.composition.rules import blocks
 from adapterkit.errors import CompositionError, NotAttachedError, Problem
-from adapterkit.inject import entry
+from adapterkit.inject import entry, lanes
+from adapterkit.meaning import refuse_undefined
+from adapterkit.methods.base import Unit
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.targets import Layers, chosen_layers
-from adapterkit.model.blueprint import Blueprint
-from adapterkit.runtime import Program, Programs
+from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.runtime import Batch, Lanes, Program, Programs, Step
 
 
-class _Step(NamedTuple):
-    """One unit at a site; steps are sorted by phase and keep their order within it."""
+class Place(NamedTuple):
+    """Where and when a unit acts: steps at one place run together."""
 
     path: str
-    key: str
     acts_on: str
     phase: int
+
+
+Steps = dict[Place, tuple[Step, ...]]
+_FIELDS = {"entry": "entry", "input": "inputs", "kernel": "kernel", "held": "held", "output": "outputs"}
+_HEAD = "instead"
 
 
 def programs(
@@ -33,75 +55,213 @@ def programs(
 ) -> Programs:
     """What each site does under a setup.
 
-    Raises: CompositionError: it is no setup. NotAttachedError: an adapter is not there.
-        PlanError: a layer to be skipped does not exist.
+    Raises: CompositionError: it is no setup, or has no meaning for these adapters. NotAttachedError: an
+        adapter is not there. PlanError: a layer to be skipped does not exist.
     """
+    check(setup)
     if setup is None:
         return {}
-    if not isinstance(setup, str | Fuse):
-        kind = type(setup).__name__
-        message = f"a setup is the name of an adapter, a block such as Fuse, or None, not {kind}"
-        raise CompositionError(Problem("bad-setup", message))
     kept = chosen_layers(blueprint, None, skip_layers) if skip_layers else None
-    # heads are those of the adapter that acts last
-    last = adapters[setup if isinstance(setup, str) else setup.children[-1]]
+    compiler = _Compiler(adapters, kept)
+    steps = compiler.steps(setup)
+    for place, keys in compiler.helpers(setup).items():
+        steps[place] = (*steps.get(place, ()), *keys)
     found: dict[str, Program] = {path: Program(before=entry.KEY) for path in entries}
-    for address in (*last.heads, *last.poolers):
-        path, key = last.injection.by_address[address]
-        found[path] = Program(instead=key)
-    steps = _fused(setup, adapters, kept) if isinstance(setup, Fuse) else _steps(adapters[setup], kept)
-    for step in sorted(steps, key=lambda step: step.phase):
-        old = found.get(step.path, Program())
-        if step.acts_on == "entry":
-            found[step.path] = old._replace(entry=(*old.entry, step.key))
-        elif step.acts_on == "input":
-            found[step.path] = old._replace(inputs=(*old.inputs, step.key))
-        elif step.acts_on == "kernel":
-            found[step.path] = old._replace(kernel=(*old.kernel, step.key))
-        elif step.acts_on == "held":
-            found[step.path] = old._replace(held=(*old.held, step.key))
-        else:
-            found[step.path] = old._replace(outputs=(*old.outputs, step.key))
+    for place, step in compiler.heads(setup).items():
+        found[place.path] = Program(instead=step, composed=isinstance(step, Lanes))
+    for place in sorted(steps, key=lambda place: place.phase):
+        old, field = found.get(place.path, Program()), _FIELDS[place.acts_on]
+        composed = old.composed or any(isinstance(step, Lanes) for step in steps[place])
+        changed: dict[str, Any] = {field: (*getattr(old, field), *steps[place]), "composed": composed}
+        found[place.path] = old._replace(**changed)
+    batch = _batch(setup)
+    if batch is not None:
+        found[entry.Top.key] = found.get(entry.Top.key, Program())._replace(batch=batch)
     return found
 
 
-def _steps(adapter: Adapter, kept: set[tuple[str, int]] | None) -> Iterable[_Step]:
-    """Units and helpers of one adapter outside the layers that are skipped."""
-    if isinstance(adapter.config, FusionConfig):
-        message = f"{adapter.name!r} is a fusion and does nothing alone"
-        children = ", ".join(map(repr, adapter.config.children))
-        raise CompositionError(Problem("bad-setup", message, expected=f"Fuse({children})"))
-    for slot in adapter.plan.slots:
-        if kept is None or slot.layer is None or (slot.stack, slot.layer) in kept:
-            unit = adapter.units[slot.address]
-            yield _Step(*adapter.injection.by_address[slot.address], unit.acts_on, unit.phase)
-    yield from _helpers(adapter)
+def _batch(setup: Setup) -> Batch | None:
+    """What a setup asks of the batch, None if nothing."""
+    found = {type(block): len(block.children) for block in blocks(setup)}
+    if not found.keys() & {Parallel, BatchSplit, Route, MultiTask}:
+        return None
+    return Batch(copies(setup), examples(setup), found.get(Route, 0), found.get(MultiTask, 0))
 
 
-def _helpers(adapter: Adapter) -> Iterable[_Step]:
-    for helper in adapter.injection.helpers:
-        yield _Step(helper.place.path, helper.key, helper.acts_on, helper.phase)
+class _Compiler:
+    """Steps of a setup, from its leaves to its root."""
+
+    def __init__(self, adapters: Mapping[str, Adapter], kept: set[tuple[str, int]] | None) -> None:
+        self.adapters = adapters
+        self.kept = kept
+        self.units: dict[tuple[str, str], tuple[Unit, Slot]] = {}
+        """(path, key) of every unit that was met -> the unit and its slot."""
+
+    # -- units
+
+    def steps(self, setup: Setup) -> Steps:
+        """The steps of a setup at each place, without helpers."""
+        if isinstance(setup, str):
+            return self._adapter(setup)
+        if isinstance(setup, Fuse):
+            return self._fusion(setup)
+        children = [self.steps(child) for child in setup.children]
+        if isinstance(setup, Stack):
+            width = copies(setup)
+            for index, child in enumerate(setup.children):
+                if width > 1 and any(isinstance(block, BatchSplit) for block in blocks(child)):
+                    if copies(child) == 1:  # groups of each copy of the batch, not of all together
+                        twin = Parallel(*[child] * width)
+                        children[index] = self._lanes(twin, [children[index]] * width, always=True)
+            return self._stacked(children)
+        return self._lanes(setup, children)
+
+    def _adapter(self, name: str) -> Steps:
+        """Units of one adapter outside the layers that are skipped."""
+        adapter = self.adapters[name]
+        if isinstance(adapter.config, FusionConfig):
+            children = ", ".join(map(repr, adapter.config.children))
+            message = f"{name!r} is a fusion and does nothing alone"
+            raise CompositionError(Problem("bad-setup", message, expected=f"Fuse({children})"))
+        return self._own(adapter)
+
+    def _own(self, adapter: Adapter) -> Steps:
+        found: Steps = {}
+        for slot in adapter.plan.slots:
+            if self.kept is None or slot.layer is None or (slot.stack, slot.layer) in self.kept:
+                unit = adapter.units[slot.address]
+                path, key = adapter.injection.by_address[slot.address]
+                self.units[path, key] = unit, slot
+                place = Place(path, unit.acts_on, unit.phase)
+                found[place] = (*found.get(place, ()), key)
+        return found
+
+    def _fusion(self, setup: Fuse) -> Steps:
+        """The fusion's units in place of those of its children.
+
+        Raises: NotAttachedError: the fusion has no weights. CompositionError: those are of other adapters.
+        """
+        if setup.name not in self.adapters:
+            given = ", ".join(map(repr, setup.children))
+            message = f"there are no weights for {setup!r}"
+            raise NotAttachedError(Problem("no-fusion", message, expected=f"kit.fuse({given}) first"))
+        fusion = self.adapters[setup.name]
+        config = fusion.config
+        if not isinstance(config, FusionConfig) or config.children != setup.children:
+            message = f"{setup.name!r} does not hold the weights of {setup!r}"
+            raise CompositionError(Problem("no-fusion", message))
+        return self._own(fusion)
+
+    def _stacked(self, children: Sequence[Steps]) -> Steps:
+        found: Steps = {}
+        for child in children:
+            for place, steps in child.items():
+                before = found.get(place, ())
+                found[place] = (*steps, *before) if self._undoes(place, steps) else (*before, *steps)
+        return found
+
+    def _undoes(self, place: Place, steps: Sequence[Step]) -> bool:
+        return any(unit.undoes for unit, _ in self._within(place, steps))
+
+    def _within(self, place: Place, steps: Iterable[Step]) -> Iterable[tuple[Unit, Slot]]:
+        for step in steps:
+            if isinstance(step, Lanes):
+                for lane in step.lanes:
+                    yield from self._within(place, lane)
+            else:
+                yield self.units[place.path, step]
+
+    # -- blocks
+
+    def _lanes(self, block: Block, children: Sequence[Steps], always: bool = False) -> Steps:
+        kind, numbers = _kind(block)
+        if isinstance(block, Average):
+            kept = [index for index, share in enumerate(numbers) if share]
+            children, numbers = [children[i] for i in kept], tuple(numbers[i] for i in kept)
+        elif isinstance(block, BatchSplit | Split):
+            kept = [index for index, size in enumerate(numbers) if size]
+            children, numbers = [children[i] for i in kept], tuple(numbers[i] for i in kept)
+        found: Steps = {}
+        for place in dict.fromkeys(place for child in children for place in child):
+            own = tuple(child.get(place, ()) for child in children)
+            if not always and kind not in lanes.INDEX and _alike(kind, own, numbers):
+                found[place] = own[0]  # all lanes do the same
+                continue
+            refuse_undefined(block, list(self._within(place, (Lanes(kind, own),))), own)
+            found[place] = tuple(self._lane(place, kind, lane, numbers) for lane in _apart(kind, own))
+        return found
+
+    def _lane(
+        self, place: Place, kind: str, own: tuple[tuple[Step, ...], ...], numbers: tuple[float, ...]
+    ) -> Lanes:
+        units = [unit for unit, _ in self._within(place, (Lanes(kind, own),))]
+        inner = [step for lane in own for step in lane if isinstance(step, Lanes)]
+        reads = [key for unit in units for key in unit.per_example]
+        reads += [key for step in inner for key in (*step.reads, lanes.INDEX.get(step.kind)) if key]
+        leaves = [unit.leaves for unit in units if unit.leaves]
+        return Lanes(kind, own, numbers, tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(leaves)))
+
+    # -- helpers and heads
+
+    def helpers(self, setup: Setup) -> Steps:
+        """What the units need elsewhere, once for all adapters."""
+        found: dict[Place, dict[str, None]] = {}
+        for name in names(setup):
+            for helper in self.adapters[name].injection.helpers:
+                place = Place(helper.place.path, helper.acts_on, helper.phase)
+                found.setdefault(place, {})[helper.key] = None
+        return {place: tuple(keys) for place, keys in found.items()}
+
+    def heads(self, setup: Setup) -> dict[Place, Step]:
+        """Heads and poolers of the adapter that acts last, or of every lane its own."""
+        if isinstance(setup, str):
+            adapter = self.adapters[setup]
+            placed = [adapter.injection.by_address[address] for address in (*adapter.heads, *adapter.poolers)]
+            return {Place(path, _HEAD, 0): key for path, key in placed}
+        if not isinstance(setup, Parallel | BatchSplit | Route | MultiTask):
+            return self.heads(setup.children[-1])
+        kind, numbers = _kind(setup)
+        children = [self.heads(child) for child in setup.children]
+        found: dict[Place, Step] = {}
+        for place in dict.fromkeys(place for child in children for place in child):
+            own = tuple((child[place],) if place in child else () for child in children)
+            inner = [step for lane in own for step in lane if isinstance(step, Lanes)]
+            reads = [key for step in inner for key in (*step.reads, lanes.INDEX.get(step.kind)) if key]
+            found[place] = Lanes(kind, own, numbers, tuple(dict.fromkeys(reads)))
+        return found
 
 
-def _fused(
-    setup: Fuse, adapters: Mapping[str, Adapter], kept: set[tuple[str, int]] | None
-) -> Iterable[_Step]:
-    """The fusion's units in place of those of its children.
+def _kind(block: Block) -> tuple[str, tuple[float, ...]]:
+    """How the lanes of a block take their parts, and how much each."""
+    match block:
+        case Parallel():
+            return "rows", tuple(map(copies, block.children))
+        case BatchSplit():
+            return "rows", block.batch_sizes
+        case Split():
+            return "split", block.splits
+        case Average():
+            return "average", block.shares
+        case MultiTask():
+            return "tasks", ()
+    return "route", ()
 
-    Raises: NotAttachedError: the fusion has no weights. CompositionError: those are of other adapters.
+
+def _alike(kind: str, own: Sequence[tuple[Step, ...]], numbers: Sequence[float]) -> bool:
+    """Whether all lanes make the same of their parts as one would make of the whole."""
+    if kind == "average":
+        return len(own) == 1 and numbers[0] == 1
+    if kind == "split":
+        return len(own) == 1
+    return all(lane == own[0] for lane in own)
+
+
+def _apart(kind: str, own: tuple[tuple[Step, ...], ...]) -> list[tuple[tuple[Step, ...], ...]]:
+    """Lanes with as many units each, as one block for the first of each, one for the second, and so on.
+
+    Blocks of one unit each may run in one go. A mean is taken of all that the lanes do, so it stays one.
     """
-    if setup.name not in adapters:
-        names = ", ".join(map(repr, setup.children))
-        message = f"there are no weights for {setup!r}"
-        raise NotAttachedError(Problem("no-fusion", message, expected=f"kit.fuse({names}) first"))
-    fusion = adapters[setup.name]
-    config = fusion.config
-    if not isinstance(config, FusionConfig) or config.children != setup.children:
-        message = f"{setup.name!r} does not hold the weights of {setup!r}"
-        raise CompositionError(Problem("no-fusion", message))
-    for slot in fusion.plan.slots:
-        if kept is None or (slot.stack, slot.layer) in kept:
-            unit = fusion.units[slot.address]
-            yield _Step(*fusion.injection.by_address[slot.address], unit.acts_on, unit.phase)
-    # every child's: the last one's residual, the points that arm the branch
-    yield from dict.fromkeys(step for child in setup.children for step in _helpers(adapters[child]))
+    counts = {len(lane) for lane in own if lane}
+    if kind == "average" or len(counts) != 1 or any(isinstance(step, Lanes) for lane in own for step in lane):
+        return [own]
+    return [tuple(lane[i : i + 1] for lane in own) for i in range(counts.pop())]

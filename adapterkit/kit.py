@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from adapterkit import fusing, merging, report, swapping
+from adapterkit import composition, fusing, generating, merging, report, swapping
 from adapterkit.activation import programs
 from adapterkit.adapter import Adapter
-from adapterkit.composition import Fuse, Setup
+from adapterkit.composition import Fuse, Setup, names
 from adapterkit.errors import (
-    CompositionError,
     ConfigError,
     NotAttachedError,
     PlanError,
@@ -26,6 +25,7 @@ from adapterkit.errors import (
 from adapterkit.files import manifest, native, peft, reader
 from adapterkit.files.assemble import assemble
 from adapterkit.inject import entry
+from adapterkit.inject.batch import Inputs, refuse_override
 from adapterkit.inject.injector import (
     close_entries,
     copy_head,
@@ -38,7 +38,7 @@ from adapterkit.inject.injector import (
 )
 from adapterkit.inject.site import check_unwrapped, site_of
 from adapterkit.inject.state import NAME, place_tensors
-from adapterkit.liveness import Liveness, examine
+from adapterkit.liveness import Liveness, examine, trained
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
@@ -46,6 +46,7 @@ from adapterkit.methods.targets import Layers, Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import named_parameters
 from adapterkit.planning import Draft, Plan, build, choose, describe
+from adapterkit.routing import chosen
 from adapterkit.runtime import Programs, Record, Runtime
 
 ATTRIBUTE = "_adapterkit"
@@ -61,7 +62,7 @@ class Kit(Mapping[str, Adapter]):
         self.blueprint = blueprint
         self._adapters: dict[str, Adapter] = {}
         self._runtime = Runtime()
-        self._top = entry.Top(self._runtime)
+        self._top = entry.Top(self._runtime, Inputs(blueprint))
         self._active: Setup | None = None
         self._skipped: Layers = ()
         self._originals: merging.Originals | None = None
@@ -216,6 +217,8 @@ class Kit(Mapping[str, Adapter]):
         adapter.require_grad(trainable)
         if activate or self._active == fusing.setup_of(adapter):
             self.activate(fusing.setup_of(adapter))
+        elif adapter.name in names(self._active):
+            self.activate(self._active, self._skipped)
         report.log(plan)
         return self
 
@@ -286,6 +289,7 @@ class Kit(Mapping[str, Adapter]):
     def activate(self, setup: Setup | None, skip_layers: Layers = ()) -> None:
         """Make an adapter act in all threads, None: none; not in the layers that are skipped."""
         self._refuse_merged("activate")
+        setup = composition.read(setup)
         self._run(self._programs(setup, skip_layers))
         self._active, self._skipped = setup, skip_layers
 
@@ -301,38 +305,46 @@ class Kit(Mapping[str, Adapter]):
         self._top.program = programs.get(self._top.key)
 
     def _programs(self, setup: Setup | None, skip_layers: Layers = ()) -> Programs:
-        return programs(setup, self, self.blueprint, self._entries, skip_layers)
+        found = programs(setup, self, self.blueprint, self._entries, skip_layers)
+        self._top.expect(self.model, found)
+        return found
 
     @contextmanager
-    def using(self, setup: Setup | None, skip_layers: Layers = ()) -> Iterator[Kit]:
-        """Let another adapter act, in this thread and block only."""
+    def using(
+        self,
+        setup: Setup | None,
+        skip_layers: Layers = (),
+        rows: Sequence[Setup | int | None] | torch.Tensor | None = None,
+        task_ids: Sequence[Setup | int] | torch.Tensor | None = None,
+    ) -> Iterator[Kit]:
+        """Let another adapter or setup act, in this thread and block only.
+
+        Args: rows: for each example the child of `Route` that it takes, by name or number; None or -1: none.
+            task_ids: the same for `MultiTask`, where each example has a task.
+        Raises: CompositionError: the setup has no meaning, or a row names no child of it.
+        """
         self._refuse_merged("using")
-        self._refuse_override()
+        refuse_override(self.model)
+        setup = composition.read(setup)
         own = self._programs(setup, skip_layers)
         override = self._runtime.override
-        before = override.programs, override.active
-        override.programs, override.active = own, setup
+        index = chosen(setup, rows, task_ids, next(self.model.parameters()).device)
+        before = override.programs, override.active, override.rows, override.tasks
+        override.programs, override.active, override.rows, override.tasks = own, setup, *index
         try:
             yield self
         finally:
-            override.programs, override.active = before
+            override.programs, override.active, override.rows, override.tasks = before
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate` with the batch repeated for Parallel; rows follow their examples through beams."""
+        return generating.generate(self.model, self._top, args, kwargs)
 
     @contextmanager
     def disabled(self) -> Iterator[Kit]:
         """Let no adapter act, in this thread and block only."""
         with self.using(None):
             yield self
-
-    def _refuse_override(self) -> None:
-        """An override with gradients is lost where layers run again in backward, or in other threads."""
-        if not (torch.is_grad_enabled() and self.model.training):
-            return
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            message = (
-                "the model checkpoints its layers; they would run again in backward under another adapter"
-            )
-            expected = "kit.activate(...) for training, or torch.no_grad() around the block"
-            raise CompositionError(Problem("override-checkpointed", message, "using", expected))
 
     # -- training
 
@@ -484,7 +496,7 @@ class Kit(Mapping[str, Adapter]):
             return self.model
         self._take(adapter)
         del self._adapters[name]
-        self.activate(None if self._active == fusing.setup_of(adapter) else self._active, self._skipped)
+        self.activate(None if name in names(self._active) else self._active, self._skipped)
         return self.model
 
     def _remove_all(self) -> None:
@@ -562,8 +574,9 @@ class Kit(Mapping[str, Adapter]):
         if setup is None:
             raise NotAttachedError(Problem("not-active", "no adapter is active", "verify"))
         self._refuse_merged("verify")
-        own = self[setup.name if isinstance(setup, Fuse) else setup]
-        return examine(self.model, dict(own.named_trained()), inputs)
+        # the adapters that are fused are not trained with the fusion
+        own = [self[name] for name in names(setup)][: 1 if isinstance(setup, Fuse) else None]
+        return examine(self.model, trained(own), inputs)
 
     def status(self) -> report.Status:
         """The state of every adapter, as a dataclass with `to_dict()`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.adapter import Adapter
 from adapterkit.errors import Problem, listing
 
 
@@ -67,6 +68,15 @@ def _moved(tensors: Iterable[nn.Parameter]) -> Iterator[None]:
                 tensor.copy_(value)
                 tensor.requires_grad_(trained)
                 tensor.grad = grad
+
+
+def trained(adapters: Sequence[Adapter]) -> dict[str, torch.nn.Parameter]:
+    """The tensors that some adapters train; of several, the name of each adapter goes first."""
+    return {
+        (key if len(adapters) == 1 else f"{adapter.name}:{key}"): tensor
+        for adapter in adapters
+        for key, tensor in adapter.named_trained()
+    }
 
 
 def examine(model: nn.Module, tensors: dict[str, nn.Parameter], inputs: dict[str, Any]) -> Liveness:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from adapterkit.adapter import Adapter
-from adapterkit.composition import Fuse, Setup
+from adapterkit.composition import Setup, names
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.planning import Plan
 from adapterkit.versions import unverified
@@ -64,7 +64,7 @@ def status(
 ) -> Status:
     """What is attached, active and trained."""
     rows = []
-    acting = {active} if not isinstance(active, Fuse) else {active.name, *active.children}
+    acting = set(names(active))
     for name, adapter in adapters.items():
         tensors = list(adapter.parameters())
         rows.append(

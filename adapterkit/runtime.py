@@ -10,21 +10,58 @@ from typing import Any, NamedTuple
 from adapterkit.composition import Setup
 
 
-class Program(NamedTuple):
-    """What a site does in a forward pass: keys of its units, in order."""
+class Lanes(NamedTuple):
+    """Steps side by side: each lane acts on its own part of a batch or sequence, or all on the same.
 
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
+    Kinds: `rows` (groups of examples), `route` and `tasks` (the batch says which lane an example takes, -1:
+    none), `split` (segments of the sequence), `average` (the weighted mean of what the lanes give).
+    """
+
+    kind: str
+    lanes: tuple[tuple[Step, ...], ...]
+    numbers: tuple[float, ...] = ()
+    """Examples, positions or weight of each lane."""
+    reads: tuple[str, ...] = ()
+    """What the units read from the flow, so that it is cut as well."""
+    leaves: tuple[str, ...] = ()
+    """Branches of which the units may leave more than an output."""
+
+
+Step = str | Lanes
+"""The key of a unit, or lanes of them."""
+
+
+class Batch(NamedTuple):
+    """What a setup asks of the batch; a part of the program of the model itself."""
+
+    copies: int = 1
+    """How often the batch is repeated."""
+    examples: int | None = None
+    """How many examples there must be."""
+    routed: int = 0
+    """Among how many lanes `rows` choose."""
+    tasks: int = 0
+    """Among how many lanes `task_ids` choose."""
+
+
+class Program(NamedTuple):
+    """What a site does in a forward pass, in order."""
+
+    inputs: tuple[Step, ...] = ()
+    outputs: tuple[Step, ...] = ()
     entry: tuple[str, ...] = ()
-    """Keys of units that see all arguments before the host runs."""
-    kernel: tuple[str, ...] = ()
-    """Keys of units whose keys and values come first in the attention of the host."""
-    held: tuple[str, ...] = ()
-    """Keys of units that the site itself does not run: units elsewhere ask for them."""
-    instead: str | None = None
-    """Key of a module that is called in place of the host: a head of the adapter's own."""
+    """Units that see all arguments before the host runs."""
+    kernel: tuple[Step, ...] = ()
+    """Units whose keys and values come first in the attention of the host."""
+    held: tuple[Step, ...] = ()
+    """Units that the site itself does not run: units elsewhere ask for them."""
+    instead: Step | None = None
+    """A module that is called in place of the host: a head of the adapter's own."""
     before: str | None = None
     """Key of a unit that sees the first argument before the host is called, outside what is checkpointed."""
+    composed: bool = False
+    """Whether there are lanes in it."""
+    batch: Batch | None = None
 
 
 Programs = Mapping[str, Program]
@@ -51,6 +88,9 @@ class _Override(threading.local):
         self.programs: Programs | None = None
         self.active: Setup | None = None
         self.record: Record | None = None
+        self.rows: Any = None
+        """For each example the lane that it takes (B,), -1 for none."""
+        self.tasks: Any = None
         self.flow: dict[str, Any] = {}
         """What passes between the points of a branch; see methods/flow.py."""
 

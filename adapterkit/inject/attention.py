@@ -19,8 +19,10 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from adapterkit.errors import PlanError, Problem
+from adapterkit.inject import lanes
 from adapterkit.inject.intercept import Intercept
 from adapterkit.inject.prefix import Prefix
+from adapterkit.runtime import Step
 from adapterkit.spec.schema import Kernel
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -112,19 +114,17 @@ def current(core: Any) -> Prefix | None:
     return found
 
 
-def run(original: Callable[..., Any], keys: tuple[str, ...], core: Any, *args: Any, **kwargs: Any) -> Any:
+def run(original: Callable[..., Any], steps: tuple[Step, ...], core: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a core with the prefixes of these units, in order.
 
     Raises: PlanError: attention was computed in a way that is not seen, so that the prefix took no part.
     """
     site = core.adapterkit
     x = args[0] if args else next(iter(kwargs.values()))
-    states = [site._modules[key](x) for key in keys]
-    key, value = states[0]
-    if len(states) > 1:
-        rows = max(tensor.shape[0] for state in states for tensor in state)
-        key, value = (torch.cat([s[i].expand(rows, -1, -1, -1) for s in states], dim=2) for i in (0, 1))
-    prefix = Prefix(key, value)
+    state = lanes.kernel(steps, x, core)
+    if state is None:
+        return original(core, *args, **kwargs)
+    prefix = Prefix(*state)
     if type(core)._adapterkit_routed:
         flow, place = site.runtime.override.flow, f"{site.key}.prefix"
         flow[place] = prefix
@@ -164,29 +164,49 @@ def _causal(
     causal = given.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if not causal or length == 1:
-        return key, value, None
+        return key, value, prefix.unmasked(key.shape[2], torch.bool)
     # the prompt in a static cache: what lies behind it is still empty, and transformers cuts it off as well
     key, value, bias = key[:, :, :length], value[:, :, :length], given.get("position_bias")
-    if bias is None:
+    if bias is None and prefix.visible is None:
         return key, value, causal_lower_right(length, prefix.length + length)
-    given["position_bias"] = bias[..., :length]
+    if bias is not None:
+        given["position_bias"] = bias[..., :length]
     visible = torch.ones(length, prefix.length + length, dtype=torch.bool, device=key.device)
-    return key, value, visible.tril(prefix.length)
+    visible, own = visible.tril(prefix.length), prefix.unmasked(length, torch.bool)
+    return key, value, visible if own is None else visible & own
 
 
 def _block_mask(prefix: Prefix, mask: Any) -> Any:
-    """A mask of flex attention with columns for the prefix, which every query sees."""
+    """A mask of flex attention with columns for the prefix, which every query of an example sees or none."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    length, old = prefix.length, mask.mask_mod
+    length, old, visible = prefix.length, mask.mask_mod, prefix.visible
 
     def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return (k < length) | old(b, h, q, (k - length).clamp(min=0))
+        own = k < length
+        if visible is not None:
+            own = own & visible[b, k.clamp(max=length - 1)]
+        return own | ((k >= length) & old(b, h, q, (k - length).clamp(min=0)))
 
     rows, heads = mask.kv_num_blocks.shape[:2]
+    rows = rows if visible is None else visible.shape[0]
     queries, keys = mask.seq_lengths
     device = str(mask.kv_num_blocks.device)
     return create_block_mask(mask_mod, rows, heads, queries, keys + length, device, mask.BLOCK_SIZE)
+
+
+def _rows_mask(prefix: Prefix, queries: int, keys: int) -> Any:
+    """The same where the model has no mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    visible = prefix.unmasked(keys, torch.bool)
+    assert visible is not None
+
+    def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return visible[b, 0, 0, k]
+
+    device = str(visible.device)
+    return create_block_mask(mask_mod, visible.shape[0], None, queries, prefix.length + keys, device)
 
 
 def _function(implementation: str) -> Callable[..., Any]:
@@ -203,6 +223,10 @@ def _function(implementation: str) -> Callable[..., Any]:
             mask = _block_mask(prefix, attention_mask)
         elif implementation == "sdpa":
             key, value, mask = _causal(prefix, module, query.shape[2], key, value, kwargs)
+        elif implementation == "eager":
+            mask = prefix.unmasked(key.shape[2], query.dtype)
+        elif prefix.visible is not None:
+            mask = _rows_mask(prefix, query.shape[2], key.shape[2])
         else:
             mask = None
         if kwargs.get("position_bias") is not None:
@@ -233,7 +257,11 @@ def _method(original: Callable[..., Any], kernel: Kernel) -> Callable[..., Any]:
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         given[names["k"]], given[names["v"]] = prefix.before(given[names["k"]], given[names["v"]])
         if "mask" in names:
-            given[names["mask"]] = prefix.extended(given.get(names["mask"]))
+            mask, key = given.get(names["mask"]), given[names["k"]]
+            masked = prefix.extended(mask) if mask is not None else None
+            given[names["mask"]] = (
+                prefix.unmasked(key.shape[2] - prefix.length, key.dtype) if mask is None else masked
+            )
         out = original(self, **given)
         return (out[0], *map(prefix.stripped, out[1:])) if isinstance(out, tuple) else out
 

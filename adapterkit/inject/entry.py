@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from adapterkit.runtime import Program, Runtime
+from adapterkit.inject import batch
+from adapterkit.inject.batch import Inputs
+from adapterkit.runtime import Program, Programs, Runtime
 
 KEY = "input_grad"
 
@@ -50,18 +52,29 @@ class Top:
 
     key = ""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, inputs: Inputs) -> None:
         self.runtime = runtime
+        self.inputs = inputs
+        self.counts = False
+        """Whether setups were activated that ask something of the batch."""
         self.program: Program | None = None
         self.units: dict[str, nn.Module] = {}
         self.hooks: tuple[RemovableHandle, ...] = ()
 
+    def expect(self, model: nn.Module, programs: Programs) -> None:
+        """Hook the model before a setup acts that asks something of the batch."""
+        own = programs.get(self.key)
+        if own is not None and own.batch is not None and not self.counts:
+            self.counts = True
+            self.attend(model)
+
     def attend(self, model: nn.Module) -> None:
         """Hook the model while there are units here, and only then: compilers make a graph of every hook."""
-        if self.units and not self.hooks:
+        needed = self.counts or bool(self.units)
+        if needed and not self.hooks:
             before = model.register_forward_pre_hook(self, with_kwargs=True)
             self.hooks = (before, model.register_forward_hook(self.leave))
-        elif self.hooks and not self.units:
+        elif self.hooks and not needed:
             for hook in self.hooks:
                 hook.remove()
             self.hooks = ()
@@ -71,7 +84,13 @@ class Top:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         override = self.runtime.override
         program = self.program if override.programs is None else override.programs.get(self.key)
-        for key in program.entry if program is not None else ():
+        if program is None:
+            return args, kwargs
+        if program.batch is not None:
+            args, kwargs = batch.enter(
+                model, program.batch, self.inputs, args, kwargs, override.flow, override.rows, override.tasks
+            )
+        for key in program.entry:
             args, kwargs = self.units[key](args, kwargs, model, override.flow)
         return args, kwargs
 
@@ -85,5 +104,8 @@ class Top:
         override = self.runtime.override
         program = self.program if override.programs is None else override.programs.get(self.key)
         for key in program.outputs if program is not None else ():
-            out = self.units[key](out, args[0] if args else None, self)
+            # what acts behind the model is a helper, never lanes of units
+            out = self.units[str(key)](out, args[0] if args else None, self)
+        if program is not None and program.batch is not None:
+            batch.leave(override.flow)
         return out

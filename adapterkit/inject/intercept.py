@@ -117,10 +117,15 @@ class Intercept(TorchFunctionMode):
         is_causal: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
+        own = self.prefix.unmasked(key.shape[-2], torch.bool)
         if is_causal:
             attn_mask = causal_lower_right(query.shape[-2], self.prefix.length + key.shape[-2])
+            if own is not None:
+                shape = (query.shape[-2], self.prefix.length + key.shape[-2])
+                whole = torch.ones(shape, dtype=torch.bool, device=key.device)
+                attn_mask = whole.tril(shape[1] - shape[0]) & own
         else:
-            attn_mask = self.prefix.extended(attn_mask)
+            attn_mask = own if attn_mask is None else self.prefix.extended(attn_mask)
         key, value = self.prefix.before(key, value)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, False, **kwargs)
 
@@ -177,6 +182,11 @@ class Intercept(TorchFunctionMode):
         if beside is None or beside.kind != "scores":
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         own = beside.value.expand(*scores.shape[:-1], -1)
+        visible = self.prefix.visible
+        if visible is not None:
+            seen = visible if scores.ndim == 4 else visible.repeat_interleave(scores.shape[0] // self.rows, 0)
+            hidden = ~seen.view(-1, *[1] * (scores.ndim - 2), self.prefix.length)
+            own = own.masked_fill(hidden, -torch.inf)
         both: torch.Tensor = func(torch.cat([own, scores], dim=-1), *rest, **kwargs)
         own, real = both[..., : self.prefix.length], both[..., self.prefix.length :].contiguous()
         self.known = [_Beside("probabilities", real, own)]

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
-from adapterkit.inject import attention
+from adapterkit.inject import attention, lanes
+from adapterkit.inject.lanes import Seen
 from adapterkit.runtime import Program, Runtime
 from adapterkit.spec.schema import Kernel
 
@@ -35,22 +36,6 @@ class Site(nn.Module):
         raise NotImplementedError("a site is run by its host")
 
 
-class _Seen:
-    """A host as units see it that accelerate has hooked.
-
-    Such a hook moves every argument that has a method `to`, and with the host all its other units, those that
-    are offloaded as well.
-    """
-
-    def __init__(self, host: nn.Module) -> None:
-        self._host = host
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "to":
-            raise AttributeError(name)
-        return getattr(self._host, name)
-
-
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     original = base.forward
 
@@ -63,6 +48,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         units = site._modules
         for key in program.entry:
             args, kwargs = units[key](args, kwargs, self, site.runtime.override.flow)
+        if program.composed:
+            return _composed(original, program, self, args, kwargs)
         if program.instead is not None:
             return units[program.instead](*args, **kwargs)
         run = partial(attention.run, original, program.kernel) if program.kernel else original
@@ -70,17 +57,30 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         x = args[0] if args else kwargs.get(name)
         for key in program.inputs:
             unit = units[key]
-            x = unit(x, _Seen(self) if "_hf_hook" in unit.__dict__ else self)
+            x = unit(x, Seen(self) if "_hf_hook" in unit.__dict__ else self)
         if name:  # called by keyword
             out = run(self, **{**kwargs, name: x})
         else:
             out = run(self, x, *args[1:], **kwargs)
         for key in program.outputs:
             unit = units[key]
-            out = unit(out, x, _Seen(self) if "_hf_hook" in unit.__dict__ else self)
+            out = unit(out, x, Seen(self) if "_hf_hook" in unit.__dict__ else self)
         return out
 
     return forward
+
+
+def _composed(
+    original: Callable[..., Any], program: Program, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The same for a program that has lanes."""
+    if program.instead is not None:
+        return lanes.instead(program.instead, args, kwargs, host, original)
+    run = partial(attention.run, original, program.kernel) if program.kernel else original
+    name = "" if args else next(iter(kwargs), "")
+    x = lanes.inputs(program.inputs, args[0] if args else kwargs.get(name), host)
+    out = run(host, **{**kwargs, name: x}) if name else run(host, x, *args[1:], **kwargs)
+    return lanes.outputs(program.outputs, out, x, host)
 
 
 def _call(base: type[nn.Module]) -> Callable[..., Any]:

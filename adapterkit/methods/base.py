@@ -42,10 +42,26 @@ class Unit(nn.Module, ABC):
     acts_on: ClassVar[Literal["held", "input", "output", "kernel"]] = "output"
     phase: ClassVar[int] = 0
     """Order among the units of one host: 0 changes the linear map, 2 the branch that it ends."""
+    per_position: bool = False
+    """What it does at one position of an example depends on that position alone."""
+    averages: ClassVar[bool] = True
+    """A mean of what several such units give is the result of a mean."""
+    undoes: ClassVar[bool] = False
+    """Of several in a Stack the last comes first."""
     kernel: Kernel | None = None
     """The method of the host that computes attention, where the interface names one."""
     eager: str | None = None
     """Name of the host's eager attention function, where the interface says it."""
+
+    @property
+    def per_example(self) -> tuple[str, ...]:
+        """Entries of the flow that have a row for each example."""
+        return ()
+
+    @property
+    def leaves(self) -> str | None:
+        """The branch of which it may leave more than its output, see methods/flow.py."""
+        return None
 
     def refuses_merge(self) -> str | None:
         """Why the unit cannot be folded into the weight exactly, None if it can."""

@@ -195,6 +195,7 @@ class Bottleneck(Unit):
         d_model = (branch.shape or (1, 1))[0]
         self.config = config
         self.branch = branch.address
+        self.per_position = not config.over_examples
         chained = config.residual == "chained" and branch.sublayer == "mlp"
         self.beside = f"{branch.address}+" if chained else None
         self.act = ACTIVATIONS[config.non_linearity]
@@ -214,6 +215,14 @@ class Bottleneck(Unit):
             self.scale = nn.Parameter(torch.ones(d_model))
         if config.use_gating:
             self.gate = Gate(d_model, generator)
+
+    @property
+    def per_example(self) -> tuple[str, ...]:
+        return self.branch, f"{self.branch}~", f"{self.branch}+"
+
+    @property
+    def leaves(self) -> str:
+        return self.branch
 
     def refuses_merge(self) -> str | None:
         return "a bottleneck is no change of a weight"
@@ -273,15 +282,30 @@ class Bottleneck(Unit):
             return with_first(out, result)
         if not self.replaces_norm:
             # the model adds the residual that the adapter leaves out: one rounding
+            flow[f"{self.branch}^"] = 1.0
             return with_first(out, result - x)
         flow[f"{self.branch}="] = result
         return out
+
+    def takes(self, out: Any, flow: Flow) -> torch.Tensor:
+        """The branch h: the output of the sublayer, or what an adapter before this one made of it."""
+        h, b = first(out), self.branch
+        done, share = flow.pop(f"{b}=", None), flow.pop(f"{b}^", None)
+        if done is not None:
+            where = flow.pop(f"{b}?", None)
+            h = done if where is None else torch.where(where, done, h)
+        if share is None:
+            return h
+        x: torch.Tensor = flow[b]
+        beside = flow.get(f"{b}+")
+        result: torch.Tensor = h + share * (x if beside is None else x + beside)
+        return result
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
         flow, config = flow_of(host), self.config
         if not flow.get(f"{self.branch}!"):
             return out
-        h = first(out)
+        h = self.takes(out, flow)
         source = f"{self.branch}~" if config.residual == "input" else self.branch
         residual = flow[source] if config.needs_residual else h
         if self.beside is not None and config.needs_residual:
@@ -290,6 +314,7 @@ class Bottleneck(Unit):
         u = self.update(z)
         if self.norm_forward is None and config.exact and not config.original_ln_after:
             # branch + x is what the model makes of the branch alone
+            flow[f"{self.branch}^"] = 1.0
             return with_first(out, h + u)
         inside = config.adapter_residual_before_ln and not config.is_parallel
         if config.ln_after:

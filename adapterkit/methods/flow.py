@@ -1,6 +1,10 @@
 """What passes between the points of a branch in one forward pass: the residual, and what replaces a norm's
 output.
 
+By branch b: `b` is the residual x, `b~` the normed input, `b+` the branch beside, `b!` whether it waits for
+its adapters, `b=` what replaces the norm's output (where `b?` says so), `b^` the share of x that the output
+lacks to be what the last adapter gave.
+
 It lives with the thread and not at the modules, so that threads which share a model do not see each other's
 tensors.
 """
@@ -46,7 +50,7 @@ class Capture(nn.Module):
     def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         flow = flow_of(host)
         flow[self.branch] = x
-        for mark in ("!", "="):  # of a pass that an exception ended
+        for mark in ("!", "=", "?", "^"):  # of a pass that an exception ended
             flow.pop(f"{self.branch}{mark}", None)
         return x
 
@@ -74,8 +78,12 @@ class Override(nn.Module):
         self.branch = branch
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
-        value = flow_of(host).pop(f"{self.branch}=", None)
-        return out if value is None else with_first(out, value)
+        flow = flow_of(host)
+        value = flow.pop(f"{self.branch}=", None)
+        if value is None:
+            return out
+        where = flow.pop(f"{self.branch}?", None)
+        return with_first(out, value if where is None else torch.where(where, value, first(out)))
 
 
 class Release(nn.Module):
@@ -89,7 +97,7 @@ class Release(nn.Module):
         flow = flow_of(host)
         if f"{self.branch}!" in flow:
             del flow[f"{self.branch}!"]
-            for mark in ("", "~", "+"):
+            for mark in ("", "~", "+", "^"):
                 flow.pop(f"{self.branch}{mark}", None)
         return out
 

@@ -13,7 +13,7 @@ from torch import nn
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit
 from adapterkit.methods.bottleneck import Bottleneck
-from adapterkit.methods.flow import first, flow_of
+from adapterkit.methods.flow import flow_of
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import branches
@@ -77,6 +77,7 @@ class Fusion(Unit):
     """
 
     phase = 2
+    per_position = True
 
     def __init__(self, slot: Slot, config: FusionConfig, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -95,6 +96,14 @@ class Fusion(Unit):
                 with torch.no_grad():
                     self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
 
+    @property
+    def per_example(self) -> tuple[str, ...]:
+        return self.branch, f"{self.branch}~", f"{self.branch}+"
+
+    @property
+    def leaves(self) -> str:
+        return self.branch
+
     def refuses_merge(self) -> str | None:
         return "attention over adapters is no change of a weight"
 
@@ -110,7 +119,7 @@ class Fusion(Unit):
         site: Any = host.adapterkit
         units: list[Bottleneck] = [site._modules[key] for key in self.children_keys]
         last = units[-1]
-        h = first(out)
+        h = last.takes(out, flow)
         residual = flow[self.branch] if last.config.needs_residual else h
         z, own = last.reads(h, residual)
         outputs = torch.stack([unit.up_output(z) for unit in units], dim=-2)

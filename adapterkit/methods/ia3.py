@@ -62,6 +62,7 @@ class _Scale(Unit):
         super().__init__()
         d_out, d_in = slot.shape or (0, 0)
         self.alpha = config.alpha
+        self.per_position = not config.gating
         self.rows: Rows | None = slot.rows
         self.scale = nn.Parameter(torch.ones(d_in if self.acts_on == "input" else d_out))
         self.gate = Gate(d_in, generator) if config.gating else None

@@ -198,6 +198,8 @@ class _End(Unit):
     """One end of a bijection; its tensors belong to the shared couplings."""
 
     phase = 5
+    per_position = True
+    averages = False  # a mean of bijections may be none
 
     def __init__(self, couplings: Couplings, stack: str) -> None:
         super().__init__()
@@ -231,6 +233,7 @@ class Inverse(_End):
     """Before the output embeddings: the states back into the space of the embeddings."""
 
     acts_on = "input"
+    undoes = True
 
     def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         dtype = next(self.coupling.parameters()).dtype

@@ -111,6 +111,7 @@ class LoRA(Unit):
         self.dropout = config.dropout
         self.rows = slot.rows
         self.in_place = is_plain(slot.module)
+        self.per_position = not config.gating
         self.A = uniform((rank, d_in), d_in, generator)
         self.B = nn.Parameter(torch.zeros(d_out, rank))
         self.gate = None

@@ -42,6 +42,8 @@ class MTLLoRA(Unit):
     Shapes: x (..., D_in) -> (..., D_out); A (R, D_in), B (K, D_out, R), L (R,) or (R, R), w (K,).
     """
 
+    per_position = True
+
     def __init__(self, slot: Slot, config: MTLLoRAConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         d_out, d_in = slot.shape or (0, 0)

@@ -119,6 +119,8 @@ class PrefixUnit(Unit):
     """
 
     acts_on = "kernel"
+    averages = False  # attention is no mean of what it attends to
+    undoes = True
 
     def __init__(self, core: Core, config: PrefixTuningConfig, generator: torch.Generator | None) -> None:
         super().__init__()

@@ -90,6 +90,7 @@ class Prompt(Unit):
     """
 
     acts_on: ClassVar[Literal["held", "input", "output"]] = "held"
+    averages = False  # positions of different contents
 
     def __init__(self, slot: Slot, config: PromptTuningConfig, generator: torch.Generator | None) -> None:
         super().__init__()

@@ -136,6 +136,10 @@ class ReFT(Unit):
         if config.suffix_positions and not (config.tied_weights and config.prefix_positions):
             self.suffix = Intervention(d_model, config, generator)
 
+    @property
+    def per_example(self) -> tuple[str, ...]:
+        return (f"{self.stack}.mask",)
+
     def refuses_merge(self) -> str | None:
         return "an intervention on states is no change of a weight"
 

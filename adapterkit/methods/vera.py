@@ -74,6 +74,8 @@ class VeRA(Unit):
     Shapes: x (..., D_in) -> (..., D_out); d (R,), b (D_out,).
     """
 
+    per_position = True
+
     def __init__(self, slot: Slot, config: VeRAConfig, shared: Shared | None) -> None:
         super().__init__()
         if shared is None:

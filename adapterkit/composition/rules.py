@@ -1,0 +1,119 @@
+"""Which blocks may lie in which, and how many rows each part of a setup gets.
+
+What is refused has no meaning: a block that repeats the batch cannot lie where only a part of it, or a mean
+of results, is asked for; groups of a fixed size cannot lie where the batch itself decides who gets which
+example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from adapterkit.composition.blocks import (
+    BatchSplit,
+    Block,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Route,
+    Setup,
+    Stack,
+    refuse,
+)
+
+
+def names(setup: Setup | None) -> tuple[str, ...]:
+    """Every adapter of a setup, in order, each once; the weights of a fusion stand before its children."""
+    return tuple(dict.fromkeys(_names(setup))) if setup is not None else ()
+
+
+def _names(setup: Setup) -> Iterator[str]:
+    if not isinstance(setup, Block):
+        yield setup
+        return
+    if isinstance(setup, Fuse):
+        yield setup.name
+    for child in setup.children:
+        yield from _names(child)
+
+
+def blocks(setup: Setup | None) -> Iterator[Block]:
+    """Every block of a setup, from outside to inside."""
+    if isinstance(setup, Block):
+        yield setup
+        for child in setup.children:
+            yield from blocks(child)
+
+
+def copies(setup: Setup | None) -> int:
+    """How often the batch is repeated for a setup."""
+    if isinstance(setup, Parallel):
+        return sum(map(copies, setup.children))
+    if isinstance(setup, Stack):
+        return max(map(copies, setup.children))
+    return 1
+
+
+def check(setup: Setup | None) -> None:
+    """Refuse a setup that has no meaning.
+
+    Raises: CompositionError: `bad-nesting`, or `bad-setup` if it is no setup at all.
+    """
+    if setup is None or isinstance(setup, str):
+        return
+    if not isinstance(setup, Block):
+        message = (
+            f"a setup is the name of an adapter, a block such as Stack, or None, not {type(setup).__name__}"
+        )
+        raise refuse(message)
+    found = list(blocks(setup))
+    for chosen, what in ((Route, "rows"), (MultiTask, "task_ids")):
+        if sum(isinstance(block, chosen) for block in found) > 1:
+            word = chosen.__name__
+            message = f"there are several blocks {word}, but the batch says {what} for one"
+            raise refuse(message, f"one {word} with all children", "bad-nesting")
+    _check(setup, ())
+    examples(setup)
+
+
+def _check(setup: Setup, outside: tuple[Block, ...]) -> None:
+    if not isinstance(setup, Block):
+        return
+    for block in outside:
+        inner, outer = type(setup).__name__, type(block).__name__
+        if isinstance(setup, Parallel) and not isinstance(block, Stack | Parallel):
+            message = f"{inner} repeats the whole batch, but {outer} asks for one result of a part of it"
+            raise refuse(message, f"{outer} inside of {inner}", "bad-nesting")
+        if isinstance(setup, BatchSplit) and isinstance(block, Route | MultiTask):
+            message = f"{inner} has groups of a fixed size, but {outer} gives as many as the batch says"
+            raise refuse(message, f"{outer} inside of {inner}, or all adapters in one {outer}", "bad-nesting")
+    if isinstance(setup, Stack):
+        wide = sorted({count for child in setup.children if (count := copies(child)) > 1})
+        if len(wide) > 1:
+            message = f"parts of a Stack repeat the batch {' and '.join(map(str, wide))} times"
+            raise refuse(message, "as many children in each Parallel of a Stack", "bad-nesting")
+    for child in setup.children:
+        _check(child, (*outside, setup))
+
+
+def examples(setup: Setup | None) -> int | None:
+    """How many examples (before they are repeated) a setup is for, None if it does not say.
+
+    Raises: CompositionError: its parts say different numbers.
+    """
+    if isinstance(setup, BatchSplit):
+        for child, size in zip(setup.children, setup.batch_sizes, strict=True):
+            if size and examples(child) not in (None, size):
+                raise _unlike({size, examples(child) or 0})
+        return sum(setup.batch_sizes)
+    if not isinstance(setup, Block):
+        return None
+    found = {number for child in setup.children if (number := examples(child)) is not None}
+    if len(found) > 1:
+        raise _unlike(found)
+    return found.pop() if found else None
+
+
+def _unlike(numbers: set[int]) -> Exception:
+    said = " and ".join(map(str, sorted(numbers)))
+    return refuse(f"parts of one batch are for {said} examples at once", "", "batch-mismatch")

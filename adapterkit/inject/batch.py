@@ -1,0 +1,187 @@
+"""What happens to the batch where the model is entered: it is counted, and repeated for Parallel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.errors import CompositionError, Problem
+from adapterkit.inject import lanes
+from adapterkit.inject.cut import mapped
+from adapterkit.methods.flow import Flow
+from adapterkit.model.blueprint import Blueprint
+from adapterkit.runtime import Batch
+
+ROWS, TASKS = "adapter_rows", "task_ids"
+"""Columns of a batch that are for us, not for the model."""
+_NOT_EXAMPLES = ("cache_position",)
+_TARGETS = ("labels",)
+_CACHES = ("past_key_values", "cache_params")
+
+
+class Inputs:
+    """What a model is called with, as far as its interface says."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        model = blueprint.model
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        said = [info.inputs for info in blueprint.stacks.values()]
+        mains = [name for inputs in said for name in (inputs.ids, inputs.embeds) if name]
+        mains += ["pixel_values", "input_features", "input_values", "decoder_input_ids", "inputs"]
+        self.mains = tuple(dict.fromkeys((str(getattr(model, "main_input_name", "input_ids")), *mains)))
+        self.axes = {name: axis for inputs in said for name, axis in inputs.batch.items()}
+        """Where the batch is not the first axis."""
+
+    def examples(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
+        """Name of each main input that is given -> its number of examples."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        found = {name: given[name] for name in self.mains if isinstance(given.get(name), torch.Tensor)}
+        if not found:
+            found = {
+                name: value[0] if isinstance(value, tuple | list) else value
+                for name, value in ((name, _first(value)) for name, value in given.items())
+                if isinstance(value, torch.Tensor) and value.ndim > 1
+            }
+        return {name: tensor.shape[0] for name, tensor in found.items() if tensor.ndim}
+
+    def repeated(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], copies: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with every tensor that has a row for each example repeated: all for the first, ..."""
+        sizes = set(self.examples(args, kwargs).values())
+        names = (*self.names, *[""] * len(args))
+        new = tuple(
+            self._repeat(name, value, copies, sizes) for name, value in zip(names, args, strict=False)
+        )
+        return new, {name: self._repeat(name, value, copies, sizes) for name, value in kwargs.items()}
+
+    def _repeat(self, name: str, value: Any, copies: int, sizes: set[int]) -> Any:
+        axis = {"none": -1, "second": 1}.get(self.axes.get(name, ""), 0)
+
+        def repeat(tensor: torch.Tensor) -> torch.Tensor:
+            if axis < 0 or tensor.ndim <= axis or name in _NOT_EXAMPLES:
+                return tensor
+            if tensor.shape[axis] not in sizes and name not in _TARGETS:
+                return tensor  # one row for all examples
+            counts = [1] * tensor.ndim
+            counts[axis] = copies
+            return tensor.repeat(counts)
+
+        return mapped(value, repeat)
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple | list) and value else value
+
+
+def enter(
+    model: nn.Module,
+    batch: Batch,
+    inputs: Inputs,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flow: Flow,
+    rows: Any,
+    tasks: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Prepare a forward pass of the model under a setup that has parts of the batch.
+
+    Args: rows, tasks: what `using` was told; columns of the batch take their place.
+    Raises: CompositionError: the batch does not fit the setup.
+    """
+    generating = lanes.GENERATING in flow
+    kwargs, rows, tasks = columns(batch, kwargs, rows, tasks)
+    flow[lanes.ENTERED] = True
+    if generating:
+        return args, kwargs
+    flow.pop(lanes.PICKS, None)
+    if batch.copies > 1 and any(kwargs.get(name) is not None for name in _CACHES):
+        message = "a cache holds the rows of one copy of the batch, but Parallel repeats it"
+        expected = "kit.generate(...) in place of model.generate(...), or no cache"
+        raise CompositionError(Problem("cached-parallel", message, expected=expected))
+    found = inputs.examples(args, kwargs)
+    prepare(model, batch, found, flow, rows, tasks)
+    if batch.copies > 1:
+        args, kwargs = inputs.repeated(args, kwargs, batch.copies)
+    return args, kwargs
+
+
+def columns(batch: Batch, kwargs: dict[str, Any], rows: Any, tasks: Any) -> tuple[dict[str, Any], Any, Any]:
+    """Take the columns that are ours out of what the model is called with."""
+    kwargs = dict(kwargs)
+    if batch.routed and ROWS in kwargs:
+        rows = kwargs.pop(ROWS)
+    if batch.tasks and TASKS in kwargs:
+        tasks = kwargs.pop(TASKS)
+    return kwargs, rows, tasks
+
+
+def prepare(
+    model: nn.Module, batch: Batch, found: Mapping[str, int], flow: Flow, rows: Any, tasks: Any
+) -> None:
+    """Compare the number of examples with the setup, and keep which lane each example takes.
+
+    Raises: CompositionError.
+    """
+    for name, number in found.items():
+        if batch.examples is not None and number != batch.examples:
+            message = f"BatchSplit is for {batch.examples} examples, but {name} has {number}"
+            expected = "as many examples as batch_sizes add up to; kit.generate(...) to generate"
+            raise CompositionError(Problem("batch-mismatch", message, expected=expected))
+    for key, index, lanes_, option in (
+        (lanes.INDEX["route"], rows, batch.routed, "rows"),
+        (lanes.INDEX["tasks"], tasks, batch.tasks, "task_ids"),
+    ):
+        flow.pop(key, None)
+        if lanes_ and index is not None:
+            _check_index(model, index, lanes_, found, option)
+            flow[key] = index.repeat(batch.copies) if batch.copies > 1 else index
+
+
+def _check_index(model: nn.Module, index: Any, lanes_: int, found: Mapping[str, int], option: str) -> None:
+    if not isinstance(index, torch.Tensor) or index.ndim != 1 or index.is_floating_point():
+        message = f"{option} are whole numbers, one for each example"
+        raise CompositionError(Problem("unknown-row", message, expected="a tensor (B,) of int64"))
+    for name, number in found.items():
+        if number != index.shape[0]:
+            message = f"{option} name {index.shape[0]} examples, but {name} has {number}"
+            expected = "one for each example; kit.generate(...) to generate with beams"
+            raise CompositionError(Problem("batch-mismatch", message, expected=expected))
+    if torch.compiler.is_compiling():
+        return
+    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < lanes_:
+        message = (
+            f"{option} go from {int(index.min())} to {int(index.max())}, but there are {lanes_} children"
+        )
+        raise CompositionError(Problem("unknown-row", message, expected=f"0 to {lanes_ - 1}, or -1 for none"))
+    if torch.is_grad_enabled() and model.training and checkpoints(model):
+        message = f"the model checkpoints its layers; they would run again in backward with other {option}"
+        raise CompositionError(Problem("override-checkpointed", message))
+
+
+def refuse_override(model: nn.Module) -> None:
+    """An override with gradients is lost where layers run again in backward, or in other threads.
+
+    Raises: CompositionError.
+    """
+    if torch.is_grad_enabled() and model.training and checkpoints(model):
+        message = "the model checkpoints its layers; they would run again in backward under another adapter"
+        expected = "kit.activate(...) for training, or torch.no_grad() around the block"
+        raise CompositionError(Problem("override-checkpointed", message, "using", expected))
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether layers run again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def leave(flow: Flow) -> None:
+    """Forget the batch of a forward pass."""
+    flow.pop(lanes.ENTERED, None)
+    if lanes.GENERATING not in flow:
+        for key in lanes.INDEX.values():
+            flow.pop(key, None)
