@@ -22,10 +22,9 @@ def refuse_undefined(
     """
     problems = []
     for unit, slot in units:
-        why = _reason(block, unit, slot)
-        if why is not None:
-            code, message = why
-            problems.append(Problem(code, f"{type(block).__name__}: {message}", slot.address))
+        problem = _problem(block, unit, slot)
+        if problem is not None:
+            problems.append(problem)
     prompts = [unit for unit, _ in units if isinstance(unit, Prompt)]
     if prompts and (len({(len(p.embeds), p.offset) for p in prompts}) > 1 or not all(lanes)):
         word = type(block).__name__
@@ -35,15 +34,19 @@ def refuse_undefined(
         raise CompositionError(problems)
 
 
-def _reason(block: Block, unit: Unit, slot: Slot) -> tuple[str, str] | None:
+def _problem(block: Block, unit: Unit, slot: Slot) -> Problem | None:
+    word = type(block).__name__
     if isinstance(block, Split):
         if not unit.per_position or getattr(slot, "chunked", False):
-            return "undefined-block", "what the unit does depends on the whole sequence"
+            message = f"{word}: what the unit does depends on the whole sequence"
+            return Problem("undefined-block", message, slot.address)
         return None
     if isinstance(block, Average):
         if not unit.averages:
-            return "undefined-block", "a mean of what such units give has no meaning"
+            message = f"{word}: a mean of what such units give has no meaning"
+            return Problem("undefined-block", message, slot.address)
         return None
     if slot.batch != "first":
-        return "no-batch-axis", f"{slot.path} is called with something that has no row for each example"
+        message = f"{word}: {slot.path} is called with something that has no row for each example"
+        return Problem("no-batch-axis", message, slot.address)
     return None

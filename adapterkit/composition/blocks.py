@@ -10,7 +10,7 @@ from typing import Any
 from adapterkit.errors import CompositionError, Problem
 
 
-def refuse(message: str, expected: str = "", code: str = "bad-setup") -> CompositionError:
+def illegal(code: str, message: str, expected: str = "") -> CompositionError:
     """The error of a setup."""
     return CompositionError(Problem(code, message, expected=expected))
 
@@ -28,11 +28,11 @@ class Block:
         self._set("children", children)
         word = type(self).__name__
         if not children:
-            raise refuse(f"{word} needs at least one adapter")
+            raise illegal("bad-setup", f"{word} needs at least one adapter")
         for child in children:
             if not isinstance(child, str | Block):
                 message = f"a child of {word} is the name of an adapter or a block, not {child!r}"
-                raise refuse(message)
+                raise illegal("bad-setup", message)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -79,11 +79,11 @@ class Fuse(Block):
     def __init__(self, *children: str, name: str | None = None) -> None:
         if len(children) < 2 or len(set(children)) < len(children):
             given = ", ".join(map(repr, children)) or "none"
-            raise refuse(f"Fuse needs two or more different adapters, not {given}")
+            raise illegal("bad-setup", f"Fuse needs two or more different adapters, not {given}")
         if not all(isinstance(child, str) for child in children):
-            raise refuse("the children of Fuse are names of adapters")
+            raise illegal("bad-setup", "the children of Fuse are names of adapters")
         if not isinstance(name, str | None):
-            raise refuse(f"the name of a fusion is a text, not {name!r}")
+            raise illegal("bad-setup", f"the name of a fusion is a text, not {name!r}")
         super().__init__(*children)
         self._set("name", name or "+".join(children))
 
@@ -145,15 +145,17 @@ class Average(Block):
         if weights is not None:
             given = tuple(_listed(self, "weights", weights))
             if len(given) != len(children):
-                raise refuse(f"{len(given)} weights for {len(children)} children of Average")
+                raise illegal("bad-setup", f"{len(given)} weights for {len(children)} children of Average")
             for weight in given:
                 if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
-                    raise refuse(f"a weight of Average is a finite number, not {weight!r}")
+                    raise illegal("bad-setup", f"a weight of Average is a finite number, not {weight!r}")
             weights = tuple(float(weight) for weight in given)
             if normalize and not abs(sum(weights)) > 1e-12:
-                raise refuse("the weights of Average add up to zero", "normalize=False, or other weights")
+                raise illegal(
+                    "bad-setup", "the weights of Average add up to zero", "normalize=False, or other weights"
+                )
         if not isinstance(normalize, bool):
-            raise refuse(f"normalize is true or false, not {normalize!r}")
+            raise illegal("bad-setup", f"normalize is true or false, not {normalize!r}")
         self._set("weights", weights)
         self._set("normalize", normalize)
 
@@ -183,7 +185,7 @@ class Route(Block):
 
 def _listed(block: Block, option: str, value: Any) -> list[Any]:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise refuse(f"{option} of {type(block).__name__} is a list, not {value!r}")
+        raise illegal("bad-setup", f"{option} of {type(block).__name__} is a list, not {value!r}")
     return list(value)
 
 
@@ -193,10 +195,12 @@ def _sizes(block: Block, option: str, value: Any) -> tuple[int, ...]:
     sizes = [value] * number if whole else _listed(block, option, value)
     if len(sizes) != number:
         message = f"{len(sizes)} {option} for {number} children of {type(block).__name__}"
-        raise refuse(message)
+        raise illegal("bad-setup", message)
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise refuse(f"{option} of {type(block).__name__} are whole numbers from 0 on, not {size!r}")
+            raise illegal(
+                "bad-setup", f"{option} of {type(block).__name__} are whole numbers from 0 on, not {size!r}"
+            )
     if not sum(sizes):
-        raise refuse(f"{option} of {type(block).__name__} are all 0")
+        raise illegal("bad-setup", f"{option} of {type(block).__name__} are all 0")
     return tuple(sizes)

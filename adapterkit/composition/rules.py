@@ -18,7 +18,7 @@ from adapterkit.composition.blocks import (
     Route,
     Setup,
     Stack,
-    refuse,
+    illegal,
 )
 
 
@@ -65,13 +65,13 @@ def check(setup: Setup | None) -> None:
         message = (
             f"a setup is the name of an adapter, a block such as Stack, or None, not {type(setup).__name__}"
         )
-        raise refuse(message)
+        raise illegal("bad-setup", message)
     found = list(blocks(setup))
     for chosen, what in ((Route, "rows"), (MultiTask, "task_ids")):
         if sum(isinstance(block, chosen) for block in found) > 1:
             word = chosen.__name__
             message = f"there are several blocks {word}, but the batch says {what} for one"
-            raise refuse(message, f"one {word} with all children", "bad-nesting")
+            raise illegal("bad-nesting", message, f"one {word} with all children")
     _check(setup, ())
     examples(setup)
 
@@ -83,15 +83,17 @@ def _check(setup: Setup, outside: tuple[Block, ...]) -> None:
         inner, outer = type(setup).__name__, type(block).__name__
         if isinstance(setup, Parallel) and not isinstance(block, Stack | Parallel):
             message = f"{inner} repeats the whole batch, but {outer} asks for one result of a part of it"
-            raise refuse(message, f"{outer} inside of {inner}", "bad-nesting")
+            raise illegal("bad-nesting", message, f"{outer} inside of {inner}")
         if isinstance(setup, BatchSplit) and isinstance(block, Route | MultiTask):
             message = f"{inner} has groups of a fixed size, but {outer} gives as many as the batch says"
-            raise refuse(message, f"{outer} inside of {inner}, or all adapters in one {outer}", "bad-nesting")
+            raise illegal(
+                "bad-nesting", message, f"{outer} inside of {inner}, or all adapters in one {outer}"
+            )
     if isinstance(setup, Stack):
         wide = sorted({count for child in setup.children if (count := copies(child)) > 1})
         if len(wide) > 1:
             message = f"parts of a Stack repeat the batch {' and '.join(map(str, wide))} times"
-            raise refuse(message, "as many children in each Parallel of a Stack", "bad-nesting")
+            raise illegal("bad-nesting", message, "as many children in each Parallel of a Stack")
     for child in setup.children:
         _check(child, (*outside, setup))
 
@@ -116,4 +118,4 @@ def examples(setup: Setup | None) -> int | None:
 
 def _unlike(numbers: set[int]) -> Exception:
     said = " and ".join(map(str, sorted(numbers)))
-    return refuse(f"parts of one batch are for {said} examples at once", "", "batch-mismatch")
+    return illegal("batch-mismatch", f"parts of one batch are for {said} examples at once")

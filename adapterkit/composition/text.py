@@ -17,7 +17,7 @@ from adapterkit.composition.blocks import (
     Setup,
     Split,
     Stack,
-    refuse,
+    illegal,
 )
 from adapterkit.errors import CompositionError, Problem, did_you_mean, listing
 
@@ -41,7 +41,7 @@ def parse(text: str) -> Setup:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise refuse(f"{text[:80]!r} is no setup: {error}", "Stack('a', 'b'), say") from error
+        raise illegal("bad-setup", f"{text[:80]!r} is no setup: {error}", "Stack('a', 'b'), say") from error
     return _setup(tree)
 
 
@@ -54,14 +54,14 @@ def _setup(node: ast.expr) -> Setup:
         case ast.Call(func=ast.Name(id=word), args=args, keywords=keywords):
             options = {str(keyword.arg): _value(keyword.value) for keyword in keywords}
             return _made(word, [_setup(child) for child in args], options)
-    raise refuse(f"{ast.unparse(node)[:80]} is neither the name of an adapter nor a block")
+    raise illegal("bad-setup", f"{ast.unparse(node)[:80]} is neither the name of an adapter nor a block")
 
 
 def _value(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, MemoryError, RecursionError) as error:
-        raise refuse(f"{ast.unparse(node)[:80]} is no value of an option") from error
+        raise illegal("bad-setup", f"{ast.unparse(node)[:80]} is no value of an option") from error
 
 
 def to_dict(setup: Setup) -> Any:
@@ -83,7 +83,9 @@ def from_dict(data: Any) -> Setup:
     if isinstance(data, str):
         return data
     if not isinstance(data, Mapping) or not isinstance(data.get("children"), list | tuple):
-        raise refuse(f"{str(data)[:80]} is no setup", "a name, or a map with 'block' and 'children'")
+        raise illegal(
+            "bad-setup", f"{str(data)[:80]} is no setup", "a name, or a map with 'block' and 'children'"
+        )
     options = {str(name): value for name, value in data.items() if name not in ("block", "children")}
     return _made(str(data.get("block")), [from_dict(child) for child in data["children"]], options)
 
@@ -97,9 +99,9 @@ def _made(word: str, children: list[Setup], options: dict[str, Any]) -> Setup:
     known = {name for name in cls.__dataclass_fields__ if name != "children"}
     for name in options:
         if name not in known:
-            raise refuse(f"{word} has no option {name!r}", f"options: {listing(sorted(known))}")
+            raise illegal("bad-setup", f"{word} has no option {name!r}", f"options: {listing(sorted(known))}")
     for name in ("splits", "batch_sizes"):
         if name in known and name not in options:
-            raise refuse(f"{word} needs {name}")
+            raise illegal("bad-setup", f"{word} needs {name}")
     made: Setup = cls(*children, **options)
     return made
