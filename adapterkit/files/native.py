@@ -74,7 +74,9 @@ def read(directory: Path) -> Content:
 def to_content(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: str) -> Content:
     """Config and tensors of native files, or of a manifest and its tensors, as content."""
     try:
-        slots = {str(address): (int(shape[0]), int(shape[1])) for address, shape in data["slots"].items()}
+        addresses = tuple(map(str, data["slots"]))
+        # a slot that is no linear map may have no shape
+        slots = {str(a): (int(shape[0]), int(shape[1])) for a, shape in data["slots"].items() if shape}
         paths = [str(path) for path in data["heads"]]
         name, config = str(data["name"]), data["config"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -92,4 +94,4 @@ def to_content(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], sou
             poolers.setdefault(f"{pooler}.pooler", {})[rest] = value
         else:
             units[key] = value
-    return Content(name, parse(config), units, tuple(slots), heads, poolers, slots, source, data)
+    return Content(name, parse(config), units, addresses, heads, poolers, slots, source, data)

@@ -21,6 +21,7 @@ from adapterkit.methods.mtl_lora import MTLLoRAConfig
 from adapterkit.methods.prefix import PrefixTuningConfig
 from adapterkit.methods.prompt import PromptTuningConfig
 from adapterkit.methods.reft import ReFTConfig
+from adapterkit.methods.silence import SilenceConfig
 from adapterkit.methods.union import UnionConfig, union
 from adapterkit.methods.vera import VeRAConfig
 
@@ -42,6 +43,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         PromptTuningConfig,
         PrefixTuningConfig,
         InvertibleConfig,
+        SilenceConfig,
         UnionConfig,
         FusionConfig,
     )

@@ -513,6 +513,13 @@ class AdapterHub(Model):
     )
     no_prefix: Reason | None = Field(None, description="why their prefix tuning cannot be reproduced")
     no_prompt: Reason | None = Field(None, description="why their prompt tuning cannot be reproduced")
+    unnormed: Strings = Field(
+        (), description="sublayers whose bottlenecks get no norm, whatever follows the residual add"
+    )
+    own_adapters: Literal["kept", "removed"] = Field(
+        "kept", description="whether their library takes adapters of the model's own out of it"
+    )
+    when: When | None = Field(None, description="config fields under which their numbers can be had")
     refused: Reason | None = Field(None, description="why their numbers cannot be reproduced on this family")
 
 

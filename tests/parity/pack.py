@@ -41,6 +41,7 @@ KEPT = {
     "|prefix_tuning_flat|mam",
     # other paths than then
     "vit": r"lora_all|dora_all|double_seq_bn|adapterplus|prompt_tuning|prefix_tuning",
+    "xmod": r"lora_all|seq_bn|double_seq_bn|adapterplus|bn_gating|prefix_tuning|noreft",
     "whisper": r"lora_all|seq_bn_inv|bn_cross|prefix_no_encoder",
 }
 """Cases of the families that stand for a structure; of other families and classes, a few are kept."""

@@ -126,6 +126,9 @@ def test_the_config_selects_what_the_file_adapts(case: Case, tmp_path: Path) -> 
         Case(COMPACT, "bert", "BertModel", "dvora"),
         Case(COMPACT, "bert", "BertModel", "dora_all"),
         Case(COMPACT, "bert", "BertModel", "lora_gating"),
+        Case(COMPACT, "bert", "BertModel", "unipelt"),
+        Case(COMPACT, "encoder-decoder", "EncoderDecoderModel", "prefix_no_cross"),
+        Case(COMPACT, "xmod", "XmodModel", "prefix_tuning"),
     ],
     ids=str,
 )

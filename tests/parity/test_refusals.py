@@ -63,11 +63,14 @@ def test_a_family_that_adapterhub_has_not_got(tmp_path: Path) -> None:
     assert refused(tiny.build("phi3", "Phi3Model"), directory).code == "not-in-adapterhub"
 
 
-def test_a_family_whose_base_model_they_change(tmp_path: Path) -> None:
-    directory = edited(BERT, tmp_path, model_type="xmod")
-    error = refused(tiny.build("xmod", "XmodModel"), directory)
+@pytest.mark.parametrize("option", [{"pre_norm": True}, {"ln_before_adapter": False}])
+def test_a_model_whose_own_adapters_leave_more_behind_than_a_norm(
+    option: dict[str, bool], tmp_path: Path
+) -> None:
+    case = Case(COMPACT, "xmod", "XmodModel", "lora_all")
+    error = refused(tiny.build("xmod", "XmodModel", **option), edited(case, tmp_path))
     assert error.code == "not-reproducible"
-    assert "language adapters" in str(error)
+    assert error.address in option
 
 
 # ---------------------------------------------------------------------------------------------- tensors

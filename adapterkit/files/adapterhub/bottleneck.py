@@ -141,6 +141,10 @@ class BottleneckMember(Member):
         reads_sum = theirs.original_ln_before and not theirs.is_parallel
         if reads_sum and sublayer in hub.other_norm:
             yield "AdapterHub reads branch and residual through the norm of another layer"
+        if sublayer in hub.unnormed and (reads_sum or not theirs.original_ln_after):
+            yield "AdapterHub leaves out the norm of the sum"
+        if branch.own_adapter and not theirs.original_ln_after:
+            yield "AdapterHub leaves out the norm before the model's own adapters"
         if theirs.residual_before_ln == "post_add" and not theirs.is_parallel:
             if not theirs.original_ln_before or branch.after_residual is None:
                 yield "AdapterHub has no 'post_add' here: it needs original_ln_before and a norm of the sum"

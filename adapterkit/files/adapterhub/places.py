@@ -72,6 +72,13 @@ def hub_of(blueprint: Blueprint) -> AdapterHub:
     if hub.refused is not None:
         message = f"adapters of AdapterHub cannot be reproduced on {blueprint.interface_name}: {hub.refused}"
         raise FileFormatError(Problem("not-reproducible", message))
+    config = getattr(blueprint.model, "config", None)
+    for field, value in (hub.when or {}).items():
+        if getattr(config, field, None) != value:
+            message = (
+                f"adapters of AdapterHub cannot be reproduced where {field} is {getattr(config, field, None)}"
+            )
+            raise FileFormatError(Problem("not-reproducible", message, field, f"a model where it is {value}"))
     return hub
 
 

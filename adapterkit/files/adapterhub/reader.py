@@ -20,6 +20,7 @@ from adapterkit.files.adapterhub.places import hub_of
 from adapterkit.files.adapterhub.prefix import PrefixMember
 from adapterkit.files.adapterhub.prompt import PromptMember
 from adapterkit.files.adapterhub.reft import ReFTMember
+from adapterkit.files.adapterhub.silence import SilenceMember
 from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors
 from adapterkit.methods.union import union
@@ -59,9 +60,10 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
 
 
 def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
-    hub_of(blueprint)
+    hub = hub_of(blueprint)
     _check_model(data, blueprint)
     members, name = _members(data["config"], blueprint), str(data.get("name"))
+    members += [SilenceMember(blueprint)] if hub.own_adapters == "removed" else []
     _refuse(problem for member in members for problem in member.refusals())
     given = keys.sort(read_tensors(_weights(directory), allow_bin), name, blueprint)
     _refuse(_differences(members, given))
