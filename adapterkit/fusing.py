@@ -32,14 +32,24 @@ def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> F
         expected = "bottleneck adapters at the same branches"
         raise PlanError(Problem("nothing-selected", message, expected=expected))
     children = tuple(adapter.name for adapter in adapters)
-    made = validate(FusionConfig, {**options, "children": children, "places": places})
+    where = {unit.config.branch for adapter in adapters for unit in _bottlenecks(adapter).values()}
+    if len(where) > 1:
+        message = f"{listing(children)} act before and after the norm of the branch, not at one place"
+        raise PlanError(Problem("nothing-selected", message, "branch", "the same `branch` for all"))
+    given = {"children": children, "places": places, "branch": where.pop()}
+    made = validate(FusionConfig, {**options, **given})
     assert isinstance(made, FusionConfig)
     return made
 
 
+def _bottlenecks(adapter: Adapter) -> dict[str, Bottleneck]:
+    """Address -> bottleneck."""
+    return {address: unit for address, unit in adapter.units.items() if isinstance(unit, Bottleneck)}
+
+
 def _units(adapter: Adapter) -> dict[str, str]:
     """Branch -> address of the adapter's bottleneck there."""
-    return {unit.branch: address for address, unit in adapter.units.items() if isinstance(unit, Bottleneck)}
+    return {unit.branch: address for address, unit in _bottlenecks(adapter).items()}
 
 
 def _common(adapters: Sequence[Adapter]) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def locate(source: str | Path, revision: str | None, local_files_only: bool) -> 
 
 
 def kind(directory: Path) -> str:
-    """Format of a directory: native, adapterhub, peft or checkpoint.
+    """Format of a directory: native, adapterhub, peft, checkpoint, or fusion for those of AdapterHub.
 
     Raises: FileFormatError: it is none of them.
     """
@@ -67,6 +67,8 @@ def kind(directory: Path) -> str:
         raise FileFormatError(
             Problem("unknown-format", "no format that is known", expected=known, file=str(config))
         )
+    if (directory / adapterhub.FUSION_CONFIG).is_file():
+        return "fusion"
     if any((directory / name).is_file() for name in (*_CHECKPOINTS, _INDEX)):
         return "checkpoint"
     names = listing(sorted(entry.name for entry in directory.iterdir()))
@@ -91,6 +93,8 @@ def read(
         return [peft.read(directory, blueprint, allow_bin)]
     if found == "adapterhub":
         return [adapterhub.read(directory, blueprint, allow_bin)]
+    if found == "fusion":
+        return [adapterhub.read_fusion(directory, blueprint, allow_bin)]
     return checkpoint(_checkpoint_tensors(directory, allow_bin), str(directory))
 
 

@@ -262,6 +262,13 @@ class Bottleneck(Unit):
             u = F.dropout(u, self.config.dropout)
         return u * self.gate(z.to(self.dtype)).to(u.dtype) if self.config.use_gating else u
 
+    def residual(self, flow: Flow, h: torch.Tensor) -> torch.Tensor:
+        """The residual x of the branch h, as the options say; h itself where nothing reads it."""
+        if not self.config.needs_residual:
+            return h
+        found: torch.Tensor = flow[f"{self.branch}~" if self.config.residual == "input" else self.branch]
+        return found if self.beside is None else found + flow[self.beside]
+
     def reads(self, h: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the bottleneck reads, and the adapter's own residual, for the branch h and the residual x."""
         config = self.config
@@ -306,10 +313,7 @@ class Bottleneck(Unit):
         if not flow.get(f"{self.branch}!"):
             return out
         h = self.takes(out, flow)
-        source = f"{self.branch}~" if config.residual == "input" else self.branch
-        residual = flow[source] if config.needs_residual else h
-        if self.beside is not None and config.needs_residual:
-            residual = residual + flow[self.beside]
+        residual = self.residual(flow, h)
         z, own = self.reads(residual, h) if config.swapped else self.reads(h, residual)
         u = self.update(z)
         if self.norm_forward is None and config.exact and not config.original_ln_after:

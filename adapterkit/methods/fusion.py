@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,17 @@ class FusionConfig(MethodConfig):
     value_before_softmax: bool = Field(default=True, description="project before adding up, not after")
     value_initialized: bool = Field(default=True, description="the value projection starts near the identity")
     temperature: float = Field(default=1.0, gt=0, description="the scores are divided by it")
+    adds_stream: bool = Field(
+        default=False,
+        description="what is fused of parallel adapters has the stream for its residual, and is added to it",
+    )
+    branch: Literal["after_norm", "before_norm"] = Field(
+        default="after_norm", description="where the fused adapters act, see `bottleneck`"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the scores, in training")
 
     def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
-        return {**branches(blueprint, True), **branches(blueprint)}
+        return branches(blueprint, self.branch == "before_norm")
 
     def select(self, blueprint: Blueprint) -> Selection:
         slots = self.available(blueprint)
@@ -120,13 +128,20 @@ class Fusion(Unit):
         units: list[Bottleneck] = [site._modules[key] for key in self.children_keys]
         last = units[-1]
         h = last.takes(out, flow)
-        residual = flow[self.branch] if last.config.needs_residual else h
-        z, own = last.reads(h, residual)
+        residual = last.residual(flow, h)
+        before = residual if last.config.swapped else h
+        z, own = last.reads(before, h if last.config.swapped else residual)
         outputs = torch.stack([unit.up_output(z) for unit in units], dim=-2)
-        fused, weights = self.attend(h if self.config.query_before_ln else z, outputs, own)
+        if last.config.is_parallel and self.config.adds_stream:
+            fused, weights = self.attend(z, outputs, z)
+            fused = fused + own
+        else:
+            fused, weights = self.attend(before if self.config.query_before_ln else z, outputs, own)
         record = site.runtime.override.record
         if record is not None:
             record.fusion.setdefault(self.branch, []).append(weights.detach())
+        if last.config.swapped and last.config.original_ln_after:
+            fused = fused + h - residual  # as in `Bottleneck`
         return last.gives(out, fused, residual, flow)
 
     def attend(
@@ -139,7 +154,10 @@ class Fusion(Unit):
         q = self.query(query) if config.query else query
         k = self.key(outputs) if config.key else outputs
         v = self.value(outputs) if config.value and config.value_before_softmax else outputs
-        weights = F.softmax((k @ q.unsqueeze(-1)).squeeze(-1) / config.temperature, dim=-1)
+        scores = (k @ q.unsqueeze(-1)).squeeze(-1)
+        if self.training and config.dropout:
+            scores = F.dropout(scores, config.dropout)
+        weights = F.softmax(scores / config.temperature, dim=-1)
         summed = (weights.unsqueeze(-2) @ v).squeeze(-2)
         if config.value and not config.value_before_softmax:
             summed = self.value(summed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -38,16 +40,58 @@ def run(case: Case, work: Path) -> Result:
     said = case.said()
     model = base(case, said["attn"])
     try:
-        kit = ak.load(model, adapter_directory(case, work), name="a", head=False, allow_bin=True)
+        kit = loaded(case, model, work)
+        kit.activate(setup_of(said.get("setup", "a")))
     except ak.errors.FileFormatError as error:
         return Result("refused", error.code)
     expected = load_file(case.directory / "expected.safetensors")
-    worst = max(differences(case, model, expected))
-    if said.get("merge") and worst[0] <= TOLERANCE:
+    if said.get("merge"):
+        worst = max([*differences(case, model, expected)])
+        if not _agrees(case, model, expected, *worst):
+            return Result("wrong", "", *worst)
         kit.merge("a")
-        worst = max([worst, *differences(case, model, expected), *merged(model, expected)])
-        kit.unmerge()
-    return Result("agree" if worst[0] <= TOLERANCE else "wrong", "", *worst)
+        worst = max([*differences(case, model, expected), *merged(model, expected)])
+    else:
+        worst = max(differences(case, model, expected))
+    return Result("agree" if _agrees(case, model, expected, *worst) else "wrong", "", *worst)
+
+
+def _agrees(case: Case, model: nn.Module, expected: Mapping[str, Tensor], off: float, name: str) -> bool:
+    """Whether a difference is small, or no larger than what float32 does to this very model.
+
+    Some of the random models multiply rounding errors, or have outputs of some thousands. There the recorded
+    numbers have to be as near to the float64 numbers as our own float32 numbers are.
+    """
+    if off <= TOLERANCE:
+        return True
+    inputs = load_file(case.base / "inputs.safetensors")
+    if not math.isfinite(off) or name not in expected or name.startswith("merged/"):
+        return False
+    exact = copy.deepcopy(model).double()
+    wide = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    with torch.no_grad():
+        real, ours = outputs(exact(**wide))[name], outputs(model(**inputs))[name]
+    return _largest(expected[name] - real, inputs) <= 2 * _largest(ours - real, inputs)
+
+
+def loaded(case: Case, model: nn.Module, work: Path) -> ak.Kit:
+    """A model with all adapters and fusions of a case."""
+    options: dict[str, Any] = {"head": False, "allow_bin": True, "activate": False}
+    for name in sorted(path.name for path in (case.directory / "adapters").iterdir()):
+        kit = ak.load(model, adapter_directory(case, work, name), name=name, **options)
+    if (case.directory / "fusions").is_dir():
+        for path in sorted((case.directory / "fusions").iterdir()):
+            ak.load(model, path, **options)
+    return kit
+
+
+def setup_of(said: Any) -> Any:
+    """A setup of ours for what a case says."""
+    if isinstance(said, str):
+        return said
+    children = [setup_of(child) for child in said["children"]]
+    options = {key: value for key, value in said.items() if key not in ("type", "children")}
+    return getattr(ak, said["type"])(*children, **options)
 
 
 def base(case: Case, attn: str) -> nn.Module:
@@ -57,18 +101,18 @@ def base(case: Case, attn: str) -> nn.Module:
     return model.eval()
 
 
-def adapter_directory(case: Case, work: Path) -> Path:
-    """The case's adapter directory, with the tensors that `save_adapter` left out where there are any.
+def adapter_directory(case: Case, work: Path, name: str = "a") -> Path:
+    """An adapter directory of a case, with the tensors that `save_adapter` left out where there are any.
 
     From a base model class it does not save what VeRA and Compacter share, and then the numbers are not in
     the files. Nor does it write the option that makes a DiReFT of a NoReFT; it is written here.
     """
-    directory = case.directory / "adapters" / "a"
+    directory = case.directory / "adapters" / name
     extra = case.directory / "extra_params.safetensors"
     is_direft = case.name.startswith("direft")
     if not extra.exists() and not is_direft:
         return directory
-    copied = Path(tempfile.mkdtemp(dir=work)) / "a"
+    copied = Path(tempfile.mkdtemp(dir=work)) / name
     shutil.copytree(directory, copied)
     if is_direft:
         path = copied / "adapter_config.json"
@@ -116,11 +160,15 @@ def differences(case: Case, model: nn.Module, expected: Mapping[str, Tensor]) ->
         if name not in found or found[name].shape != want.shape:
             yield float("inf"), name
             continue
-        off = (found[name] - want).abs()
-        mask = inputs.get("attention_mask")
-        if mask is not None and off.shape[:2] == mask.shape:
-            off = off[mask.bool()]  # a padded query on the left attends to nothing, and its row means nothing
-        yield off.max().item(), name
+        yield _largest(found[name] - want, inputs), name
+
+
+def _largest(difference: Tensor, inputs: Mapping[str, Tensor]) -> float:
+    """The largest of the differences that mean something: a padded query on the left attends to nothing."""
+    off, mask = difference.abs(), inputs.get("attention_mask")
+    if mask is not None and off.shape[:2] == mask.shape:
+        off = off[mask.bool()]
+    return off.max().item()
 
 
 def merged(model: nn.Module, expected: Mapping[str, Tensor]) -> Iterator[tuple[float, str]]:

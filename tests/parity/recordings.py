@@ -33,8 +33,9 @@ OTHERS = r"seq_bn_(inv.*|glow)|(lo|no|di)reft.*|union_.*"
 PROMPT = r"prompt_.*"
 PREFIX = r"mam|unipelt|prefix_.*"
 UNNORMED = r"adapterplus|bn_obT.*|bn_ob._oaF.*|bn_ln_both_resT|bn_gating|bn_rf_map_leave_out"
-METHODS = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PROMPT, PREFIX)))
-"""Cases of one adapter each."""
+FUSE = r"fuse.*"
+METHODS = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PROMPT, PREFIX, FUSE)))
+"""Cases of one adapter each, and of fusions."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Directories of AdapterHub's `adapters`: either their numbers are reproduced, or the file is refused."""
 
+from adapterkit.files.adapterhub.fusion import CONFIG as FUSION_CONFIG
+from adapterkit.files.adapterhub.fusion import read as read_fusion
 from adapterkit.files.adapterhub.reader import read, recognises
 
-__all__ = ["read", "recognises"]
+__all__ = ["FUSION_CONFIG", "read", "read_fusion", "recognises"]

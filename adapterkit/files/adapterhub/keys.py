@@ -24,6 +24,7 @@ MARKS = {
     "reft": "reft_layer.refts",
     "invertible": "invertible_adapters",
     "prompt": "prompt_tuning.prompt_tunings",
+    "fusion": "adapter_fusion_layer",
     "prefix": "prefix_tuning.pool.prefix_tunings",
     "prefix_pool": "prefix_tuning.prefix_tunings",
     "prefix_gate": "prefix_tuning.prefix_gates",
@@ -111,6 +112,7 @@ def _hosts(blueprint: Blueprint) -> dict[str, dict[str, str]]:
         "prefix_pool": _named(_models(blueprint), prefixes),
         "lora": _named(linear, prefixes),
         "bottleneck": _named(bottlenecks, prefixes),
+        "fusion": _named(bottlenecks, prefixes),
         "reft": _named(refts, prefixes),
         # a model of models names the module of one of them once more, as its own
         "invertible": {"": ".", **_named(stacks, prefixes)},

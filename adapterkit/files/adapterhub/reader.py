@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import torch
 
-from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
+from adapterkit.errors import FileFormatError, Problem, listing
 from adapterkit.files.adapterhub import keys
 from adapterkit.files.adapterhub.bottleneck import BottleneckMember
+from adapterkit.files.adapterhub.comparison import check_model, differences, weights_file
 from adapterkit.files.adapterhub.invertible import InvertibleMember
 from adapterkit.files.adapterhub.lora import LoRAMember
 from adapterkit.files.adapterhub.member import Member
@@ -61,11 +61,11 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
 
 def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     hub = hub_of(blueprint)
-    _check_model(data, blueprint)
+    check_model(data, blueprint)
     members, name = _members(data["config"], blueprint), str(data.get("name"))
     members += [SilenceMember(blueprint)] if hub.own_adapters == "removed" else []
     _refuse(problem for member in members for problem in member.refusals())
-    given = keys.sort(read_tensors(_weights(directory), allow_bin), name, blueprint)
+    given = keys.sort(read_tensors(weights_file(directory, WEIGHTS), allow_bin), name, blueprint)
     _refuse(_differences(members, given))
     parts = [part for member in members for part in member.parts(given)]
     config = union([part.config for part in parts])
@@ -114,47 +114,9 @@ def _refuse(problems: Iterable[Problem]) -> None:
         raise FileFormatError(found)
 
 
-def _check_model(data: Mapping[str, Any], blueprint: Blueprint) -> None:
-    """Refuse an adapter of another family, whose shapes may fit by chance."""
-    known = blueprint.interface.model_type
-    if known is not None and data["model_type"] not in known:
-        message = f"made for a model of type {data['model_type']!r}"
-        raise FileFormatError(
-            Problem("other-model", message, expected=f"this model is described as {listing(known)}")
-        )
-
-
-def _weights(directory: Path) -> Path:
-    for file in WEIGHTS:
-        if (directory / file).is_file():
-            return directory / file
-    raise FileFormatError(Problem("bad-file", f"holds no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]}"))
-
-
 def _differences(members: Sequence[Member], given: keys.Keyed) -> Iterator[Problem]:
     """Where a file has not got exactly the tensors that its config asks for in this model."""
-    asked = [member.wanted(given) for member in members]
-    if not any(asked):
-        yield Problem(
-            "empty-adapter", "the config adapts no module of this model, so that there is nothing to load"
-        )
-    for (_, host), count in Counter(host for hosts in asked for host in hosts).items():
-        if count > 1:
-            yield Problem("adapted-twice", "more than one config of the union adapts this module", host)
-    whole = {host: shapes for hosts in asked for host, shapes in hosts.items()}
-    wanted = {(host, n): shape for host, shapes in whole.items() for n, shape in shapes.items()}
-    found = {(host, n): tensor for host, part in given.parts.items() for n, tensor in part.items()}
-    names = {key: f"{key[0][1]}.{key[1]}" for key in (*wanted, *found)}
-    known = [names[key] for key in wanted]
-    for key in found.keys() - wanted.keys():
-        hint = did_you_mean(names[key], known)
-        yield Problem("unknown-tensors", "the config asks for no such tensor", names[key], "", hint)
-    for key in wanted.keys() - found.keys():
-        yield Problem("missing-tensors", "the file lacks this tensor", names[key])
-    for key in wanted.keys() & found.keys():
-        if tuple(found[key].shape) != wanted[key]:
-            message = f"has shape {tuple(found[key].shape)}, {wanted[key]} was expected"
-            yield Problem("other-shape", message, names[key])
+    yield from differences([member.wanted(given) for member in members], given)
     if not any(member.shares for member in members):
         for base in given.shared:
             yield Problem("unknown-tensors", "the config shares no tensors", f"{base}.shared_parameters")
