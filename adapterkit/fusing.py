@@ -83,7 +83,7 @@ def refuse_used(name: str, adapters: Mapping[str, Adapter], verb: str) -> None:
 def connect(fusion: Adapter, adapters: Mapping[str, Adapter]) -> None:
     """Tell the units of a fusion where those of its children are.
 
-    Raises: PlanError: a child is missing, or has no unit at a branch.
+    Raises: PlanError: a child is missing, or has no unit at a branch; all have one where there is no fusion.
     """
     if not isinstance(fusion.config, FusionConfig):
         return
@@ -102,6 +102,13 @@ def connect(fusion: Adapter, adapters: Mapping[str, Adapter]) -> None:
                 keys.append(own.injection.by_address[address][1])
         if isinstance(unit, Fusion):
             unit.children_keys = tuple(keys)
+    own_places = {unit.branch for unit in fusion.units.values() if isinstance(unit, Fusion)}
+    for branch in () if problems else _common([adapters[child] for child in fusion.config.children]):
+        if branch not in own_places:
+            message = (
+                f"the fusion {fusion.name!r} has no weights at this branch, where all of its adapters act"
+            )
+            problems.append(Problem("no-fusion", message, branch))
     if problems:
         raise PlanError(problems)
 

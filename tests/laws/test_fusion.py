@@ -168,3 +168,21 @@ def test_leaving() -> None:
     kit.detach("b")
     assert list(model.state_dict()) == keys
     assert torch.equal(run(model, given), bare)
+
+
+def test_adapters_before_the_norm_are_fused_there() -> None:
+    """Identical adapters: their fusion, whose values start as they are, gives what one of them gives."""
+    model, given = tiny.build("gemma2", dtype=torch.float64), tiny.inputs("gemma2", padded=False)
+    before = {**BOTTLENECK, "branch": "before_norm"}
+    for name in "ab":
+        kit = ak.attach(model, before, name=name, seed=3, head=False)
+        randomise(kit, name, seed=3)
+    kit.fuse("a", "b", config="static", seed=9)
+    kit.activate("a")
+    alone = run(model, given)
+    kit.activate(ak.Fuse("a", "b"))
+    assert all(torch.allclose(value, alone[key], atol=1e-9) for key, value in run(model, given).items())
+    ak.attach(model, BOTTLENECK, name="c", head=False)
+    with pytest.raises(PlanError) as caught:
+        kit.fuse("a", "c")
+    assert (caught.value.code, caught.value.address) == ("nothing-selected", "branch")

@@ -42,7 +42,7 @@ def run(case: Case, work: Path) -> Result:
     try:
         kit = loaded(case, model, work)
         kit.activate(setup_of(said.get("setup", "a")))
-    except ak.errors.FileFormatError as error:
+    except (ak.errors.FileFormatError, ak.errors.CompositionError) as error:
         return Result("refused", error.code)
     expected = load_file(case.directory / "expected.safetensors")
     if said.get("merge"):

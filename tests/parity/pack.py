@@ -45,7 +45,8 @@ KEPT = {
     "gptj": r"lora_all|bn_ob.*|par_bn_mh|adapterplus|unipelt|fuse2",  # branches beside one another
     # up and down are swapped
     "llama": rf"{LINEAR}|ia3_alpha2|merge_lora_all|seq_bn_inv|loreft|prefix_gating_unshared",
-    "modernbert": rf"{LINEAR}|lora_gating|seq_bn|par_bn_mh|fuse2",  # fused MLP; the residual is the normed input
+    # fused MLP; the residual is the normed input
+    "modernbert": rf"{LINEAR}|lora_gating|seq_bn|par_bn_mh|fuse2",
     "phi": r"lora_all|seq_bn|par_bn|bn_obT_oaT_resF|compacter|union_two_bn",  # no residual at the MLP
     "qwen2": r"lora_all|bn_obT_oaT_resF",
     "t5": rf"{LINEAR}|lora_leave_out|lora_gating|dora_all|vera|bn_cross|compacter|seq_bn_inv|noreft"

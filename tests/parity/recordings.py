@@ -34,8 +34,9 @@ PROMPT = r"prompt_.*"
 PREFIX = r"mam|unipelt|prefix_.*"
 UNNORMED = r"adapterplus|bn_obT.*|bn_ob._oaF.*|bn_ln_both_resT|bn_gating|bn_rf_map_leave_out"
 FUSE = r"fuse.*"
-METHODS = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PROMPT, PREFIX, FUSE)))
-"""Cases of one adapter each, and of fusions."""
+ALONE = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PROMPT, PREFIX)))
+"""Cases of one adapter each."""
+METHODS = re.compile(f"{ALONE.pattern}|{FUSE}")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ def refusal(case: Case) -> str | None:
         return "not-reproducible"  # the position bias of the tokens is shifted
     if case.family == "whisper" and case.name.startswith("seq_bn_inv"):
         return "not-reproducible"  # theirs is not behind the embeddings, but behind the whole encoder
+    if case.name == "fuse_stacks":
+        return "bad-setup"  # the children of a fusion are adapters here
+    if case.family == "xmod" and re.fullmatch(FUSE, case.name):
+        return "not-reproducible"  # the language adapters would act beside the fusion
     if case.family == "deberta" and case.name in ("lora_gating", "unipelt"):
         return "gated-blocks"  # three gates, for thirds of rows that are no roles
     # they adapt no output projection, so that nothing is in the file

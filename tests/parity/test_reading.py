@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import adapterkit as ak
 from tests.parity.compare import base, outputs, stored
 from tests.parity.editing import Tensors, edited, without
-from tests.parity.recordings import COMPACT, Case, cases, refusal
+from tests.parity.recordings import ALONE, COMPACT, Case, cases, refusal
 
 BERT = Case(COMPACT, "bert", "BertModel", "lora_all")
 
@@ -111,7 +111,7 @@ def test_alpha_scales_all_rows_of_a_fused_matrix(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- and back again
 
 
-@pytest.mark.parametrize("case", [case for case in cases(COMPACT) if not refusal(case)], ids=str)
+@pytest.mark.parametrize("case", [case for case in cases(COMPACT, ALONE) if not refusal(case)], ids=str)
 def test_the_config_selects_what_the_file_adapts(case: Case, tmp_path: Path) -> None:
     kit = ak.load(base(case, "eager"), edited(case, tmp_path), head=False)
     assert kit.plan(kit["a"].config, head=False).slots == kit["a"].plan.slots
