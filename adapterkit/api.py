@@ -10,7 +10,8 @@ from torch import nn
 
 from adapterkit.errors import NotAttachedError, PlanError, Problem
 from adapterkit.files import reader
-from adapterkit.kit import ATTRIBUTE, Head_, Kit, Method
+from adapterkit.kit import Head_, Kit, Method
+from adapterkit.members import ATTRIBUTE
 from adapterkit.model.resolve import resolve
 from adapterkit.planning import Plan
 from adapterkit.spec import registry

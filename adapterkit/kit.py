@@ -22,34 +22,23 @@ from adapterkit.errors import (
     did_you_mean,
     listing,
 )
-from adapterkit.files import manifest, native, peft, reader
+from adapterkit.files import native, peft, reader
 from adapterkit.files.assemble import assemble
-from adapterkit.inject import entry
-from adapterkit.inject.batch import Inputs, refuse_override
-from adapterkit.inject.injector import (
-    close_entries,
-    copy_head,
-    device_of,
-    dtype_of,
-    eject,
-    inject,
-    move,
-    open_entries,
-)
-from adapterkit.inject.site import check_unwrapped, site_of
-from adapterkit.inject.state import NAME, place_tensors
+from adapterkit.inject.batch import refuse_override
+from adapterkit.inject.injector import cast, copy_head
+from adapterkit.inject.site import site_of
+from adapterkit.inject.state import NAME
 from adapterkit.liveness import Liveness, examine, trained
+from adapterkit.members import Members
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
-from adapterkit.methods.targets import Layers, Selection
-from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.walk import named_parameters
-from adapterkit.planning import Draft, Plan, build, choose, describe
+from adapterkit.methods.targets import Layers
+from adapterkit.model.blueprint import Blueprint, Head
+from adapterkit.planning import Draft, Plan, prepare
 from adapterkit.routing import chosen
-from adapterkit.runtime import Programs, Record, Runtime
+from adapterkit.runtime import Programs, Record
 
-ATTRIBUTE = "_adapterkit"
 Method = str | Mapping[str, Any] | MethodConfig
 Head_ = Literal["auto"] | bool
 
@@ -60,15 +49,14 @@ class Kit(Mapping[str, Adapter]):
     def __init__(self, model: nn.Module, blueprint: Blueprint) -> None:
         self.model = model
         self.blueprint = blueprint
-        self._adapters: dict[str, Adapter] = {}
-        self._runtime = Runtime()
-        self._top = entry.Top(self._runtime, Inputs(blueprint))
+        self._members = Members(model, blueprint, self)
+        self._adapters = self._members.adapters
+        self._runtime = self._members.runtime
+        self._top = self._members.top
+        self._entries = self._members.entries
         self._active: Setup | None = None
         self._skipped: Layers = ()
         self._originals: merging.Originals | None = None
-        self._trained: frozenset[str] | None = None
-        self._entries: dict[str, nn.Module] = {}
-        self._hooks: list[Any] = []
 
     # -- the mapping
 
@@ -111,11 +99,8 @@ class Kit(Mapping[str, Adapter]):
         self, method: Method, *, name: str = "default", strict: bool = True, head: Head_ = "auto"
     ) -> Plan:
         """What attach would do. Nothing is changed."""
-        config = parse(method)
-        selection = choose(self.blueprint, config, strict)
         with torch.device("meta"):
-            draft = build(config, selection.slots, None)
-        return describe(self.blueprint, config, name, selection, self._heads(head), draft)
+            return prepare(self.blueprint, parse(method), name, self._heads(head), strict)[0]
 
     def supports(self, method: Method) -> bool:
         """Whether the method can be attached to this model completely."""
@@ -141,12 +126,9 @@ class Kit(Mapping[str, Adapter]):
         """Add an adapter; see `adapterkit.attach`."""
         config = parse(method)
         self._check_name(name, replace)
-        selection = choose(self.blueprint, config, strict)
         heads = self._heads(head)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        draft = build(config, selection.slots, generator)
-        plan = describe(self.blueprint, config, name, selection, heads, draft)
-        self._cast(plan, draft, dtype)
+        plan, draft = prepare(self.blueprint, config, name, heads, strict, seed)
+        cast(plan, draft, self.model, dtype)
         copies = {found: copy_head(found.module) for found in heads}
         return self._install(plan, draft, copies, {}, activate, trainable)
 
@@ -179,12 +161,6 @@ class Kit(Mapping[str, Adapter]):
             self._install(new.plan, new.draft, new.heads, new.poolers, activate, trainable)
         return self
 
-    def _cast(self, plan: Plan, draft: Draft, dtype: str | torch.dtype) -> None:
-        """Units to the device and type of their hosts."""
-        hosts = {slot.address: slot.module for slot in plan.slots} | {"shared": plan.slots[0].module}
-        for address, module in draft.modules().items():
-            move(module, device_of(hosts[address]), dtype_of(hosts[address], self.model, dtype))
-
     def _install(
         self,
         plan: Plan,
@@ -196,9 +172,9 @@ class Kit(Mapping[str, Adapter]):
     ) -> Kit:
         """Put a complete adapter into the model: all of it or nothing."""
         self._refuse_merged("attach")
-        old = self._adapters.pop(plan.name, None)
+        old = self._adapters.get(plan.name)
         if old is not None:
-            self._take(old)
+            self._members.take(old)
         adapter = Adapter(
             plan.name,
             plan,
@@ -208,10 +184,10 @@ class Kit(Mapping[str, Adapter]):
             {found.address: copied for found, copied in poolers.items()},
         )
         try:
-            self._put(adapter)
+            self._members.put(adapter)
         except BaseException:
             if old is not None:
-                self._put(old)
+                self._members.put(old)
                 self.activate(self._active, self._skipped)
             raise
         adapter.require_grad(trainable)
@@ -221,47 +197,6 @@ class Kit(Mapping[str, Adapter]):
             self.activate(self._active, self._skipped)
         report.log(plan)
         return self
-
-    def _put(self, adapter: Adapter) -> None:
-        """Put an adapter's modules into the model; the first one brings the hooks and entries with it."""
-        modules = {**adapter.units, **adapter.heads, **adapter.poolers}
-        places: dict[str, Slot | Head] = {slot.address: slot for slot in adapter.plan.slots}
-        places |= {head.address: head for head in (*self.blueprint.heads, *self.blueprint.poolers)}
-        hosts = {places[address]: module for address, module in modules.items()}
-        helpers = adapter.config.helpers(adapter.plan.slots, self.blueprint)
-        record = manifest.write(adapter.plan, self.blueprint)
-        fusing.connect(adapter, self._adapters)
-        adapter.injection = inject(
-            self._runtime, adapter.name, hosts, adapter.shared, helpers, record, self._top
-        )
-        if ATTRIBUTE not in self.model.__dict__:
-            try:
-                self._enter()
-            except BaseException:
-                self._take(adapter)
-                self._leave()
-                raise
-        self._adapters[adapter.name] = adapter
-        self._top.attend(self.model)
-
-    def _take(self, adapter: Adapter) -> None:
-        """Take an adapter's modules out of the model."""
-        others = (other.injection for other in self._adapters.values() if other is not adapter)
-        eject(adapter.injection, others, self._top)
-        self._top.attend(self.model)
-
-    def _enter(self) -> None:
-        """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
-        own = dict(named_parameters(self.model))
-        self._trained = frozenset(path for path, parameter in own.items() if parameter.requires_grad)
-        self._entries = open_entries(self.blueprint, self._runtime)
-        for parameter in own.values():
-            parameter.requires_grad_(False)  # those of the adapter are set after this
-        self._hooks = [
-            self.model.register_load_state_dict_pre_hook(place_tensors),
-            self.model.register_state_dict_pre_hook(_refuse_merged_state),
-        ]
-        self.model.__dict__[ATTRIBUTE] = self
 
     def _heads(self, head: Head_) -> tuple[Head, ...]:
         if head is True and not self.blueprint.heads:
@@ -387,11 +322,8 @@ class Kit(Mapping[str, Adapter]):
         setup = Fuse(*names, name=name)
         self._check_name(setup.name, replace=False, fusion=True)
         made = fusing.config_of([self[child] for child in names], config)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        selection = choose(self.blueprint, made, strict=True)
-        draft = build(made, selection.slots, generator)
-        plan = describe(self.blueprint, made, setup.name, selection, (), draft)
-        self._cast(plan, draft, "match")
+        plan, draft = prepare(self.blueprint, made, setup.name, (), True, seed)
+        cast(plan, draft, self.model, "match")
         return self._install(plan, draft, {}, {}, activate=False, trainable=trainable)
 
     def fusion_loss(self) -> torch.Tensor:
@@ -417,17 +349,8 @@ class Kit(Mapping[str, Adapter]):
         Raises: PlanError: the adapter has no prefix that is not flat.
         """
         adapter = self[name]
-        found = adapter.config.flattened(adapter.plan.slots, adapter.units, adapter.shared)
-        if found is None:
-            message = f"{name!r} has no prefix that comes from an MLP"
-            expected = "an adapter with prefix_tuning that is not flat"
-            raise PlanError(Problem("nothing-to-eject", message, expected=expected))
-        config, units, shared = found
-        selection = Selection(adapter.plan.slots, adapter.plan.missing)
-        draft = Draft(units, shared)
-        plan = describe(self.blueprint, config, name, selection, adapter.plan.heads, draft)
-        places = {place.address: place for place in (*self.blueprint.heads, *self.blueprint.poolers)}
-        heads, poolers = ({places[a]: m for a, m in own.items()} for own in (adapter.heads, adapter.poolers))
+        plan, draft = swapping.flat(adapter, self.blueprint)
+        heads, poolers = self._members.kept(adapter)
         return self._install(plan, draft, heads, poolers, activate=False, trainable=adapter.trainable)
 
     # -- merging and leaving
@@ -469,14 +392,10 @@ class Kit(Mapping[str, Adapter]):
             self._refuse_merged("merge_and_detach")
         if not adapter.merged:
             self.merge(name)
-        with torch.no_grad():
-            for found in (*self.blueprint.heads, *self.blueprint.poolers):
-                copied = {**adapter.heads, **adapter.poolers}.get(found.address)
-                for path, new in copied.named_parameters() if copied is not None else ():
-                    found.module.get_parameter(path).copy_(new)
+        merging.keep_heads(adapter, self.blueprint)
         adapter.merged = False
         self._originals = None
-        self._remove_all()
+        self._take_all()
         return self.model
 
     def detach(self, name: str | None = None) -> nn.Module:
@@ -484,7 +403,7 @@ class Kit(Mapping[str, Adapter]):
         if name is None:
             if self.merged:
                 self.unmerge()
-            self._remove_all()
+            self._take_all()
             return self.model
         adapter = self[name]
         if adapter.merged:
@@ -492,37 +411,18 @@ class Kit(Mapping[str, Adapter]):
         self._refuse_merged("detach")
         fusing.refuse_used(name, self._adapters, "detach")
         if len(self._adapters) == 1:
-            self._remove_all()
+            self._take_all()
             return self.model
-        self._take(adapter)
-        del self._adapters[name]
+        self._members.take(adapter)
         self.activate(None if name in names(self._active) else self._active, self._skipped)
         return self.model
 
-    def _remove_all(self) -> None:
-        for hosts in (self._entries, *(adapter.injection.hosts for adapter in self._adapters.values())):
-            for path, host in hosts.items():
-                check_unwrapped(host, path)  # all or nothing
-        for name in list(self._adapters):
-            self._take(self._adapters.pop(name))
+    def _take_all(self) -> None:
+        self._members.take_all()
         self._active = None
-        self._leave()
-
-    def _leave(self) -> None:
-        """Undo `_enter`."""
-        close_entries(self._entries)
-        for hook in self._hooks:
-            hook.remove()
-        self._entries, self._hooks = {}, []
-        self.model.__dict__.pop(ATTRIBUTE, None)
-        trained, self._trained = self._trained, None
-        if trained is None:
-            return
-        for path, parameter in named_parameters(self.model):
-            # by name: sharding replaces the tensors themselves
-            parameter.requires_grad_(path in trained)
 
     def _refuse_merged(self, verb: str) -> None:
+        """Refuse what has no meaning while an adapter is folded into the weights. Raises: PlanError."""
         if self.merged:
             message = f"{self.merged!r} is merged into the weights"
             raise PlanError(Problem("merged", message, verb, "kit.unmerge() first"))
@@ -591,10 +491,3 @@ class Kit(Mapping[str, Adapter]):
 
     def _repr_html_(self) -> str:
         return report.html(self.status())
-
-
-def _refuse_merged_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """State-dict pre-hook: weights with an adapter folded in are not the base model's."""
-    kit = model.__dict__.get(ATTRIBUTE)
-    if kit is not None:
-        kit._refuse_merged("state_dict")

@@ -10,7 +10,7 @@ from torch import nn
 from adapterkit.adapter import Adapter
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.weights import is_plain
-from adapterkit.model.blueprint import Slot
+from adapterkit.model.blueprint import Blueprint, Slot
 
 Originals = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
 """Host path -> weight and bias before the merge."""
@@ -93,3 +93,12 @@ def restore(model: nn.Module, originals: Originals) -> None:
         host.weight.copy_(weight)  # type: ignore[operator]
         if bias is not None:
             host.bias.copy_(bias)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def keep_heads(adapter: Adapter, blueprint: Blueprint) -> None:
+    """Give the model itself the weights of an adapter's heads and poolers."""
+    for found in (*blueprint.heads, *blueprint.poolers):
+        copied = {**adapter.heads, **adapter.poolers}.get(found.address)
+        for path, new in copied.named_parameters() if copied is not None else ():
+            found.module.get_parameter(path).copy_(new)

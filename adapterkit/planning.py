@@ -143,3 +143,21 @@ def describe(
         ),
         base_parameters=blueprint.parameters,
     )
+
+
+def prepare(
+    blueprint: Blueprint,
+    config: MethodConfig,
+    name: str,
+    heads: tuple[Head, ...],
+    strict: bool,
+    seed: int | None = None,
+) -> tuple[Plan, Draft]:
+    """The plan of a method and its units, built from a seed or from torch's own numbers.
+
+    Raises: PlanError, ConfigError: as `choose`.
+    """
+    selection = choose(blueprint, config, strict)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    draft = build(config, selection.slots, generator)
+    return describe(blueprint, config, name, selection, heads, draft), draft

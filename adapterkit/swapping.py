@@ -1,18 +1,23 @@
-"""Other weights for an attached adapter, in place: compiled graphs and optimisers keep what they hold."""
+"""Other weights for an attached adapter: those of a file, in place, or its own without their MLP."""
 
 from __future__ import annotations
 
 import torch
 
 from adapterkit.adapter import Adapter
-from adapterkit.errors import FileFormatError, Problem
+from adapterkit.errors import FileFormatError, PlanError, Problem
 from adapterkit.files.assemble import compare
 from adapterkit.files.content import Content
+from adapterkit.methods.targets import Selection
+from adapterkit.model.blueprint import Blueprint
+from adapterkit.planning import Draft, Plan, describe
 
 
 @torch.no_grad()
 def swap(adapter: Adapter, content: Content) -> None:
     """Copy the tensors of a file into an adapter of the same method, slots and shapes.
+
+    In place: compiled graphs and optimisers keep what they hold.
 
     Raises: FileFormatError: with everything that differs; nothing is changed then.
     """
@@ -29,6 +34,22 @@ def swap(adapter: Adapter, content: Content) -> None:
         raise FileFormatError(problems)
     for key, tensor in own.items():
         tensor.copy_(given[key])
+
+
+def flat(adapter: Adapter, blueprint: Blueprint) -> tuple[Plan, Draft]:
+    """Plan and units of an adapter whose prefixes no longer come from an MLP.
+
+    Raises: PlanError: it has none that do.
+    """
+    found = adapter.config.flattened(adapter.plan.slots, adapter.units, adapter.shared)
+    if found is None:
+        message = f"{adapter.name!r} has no prefix that comes from an MLP"
+        expected = "an adapter with prefix_tuning that is not flat"
+        raise PlanError(Problem("nothing-to-eject", message, expected=expected))
+    config, units, shared = found
+    selection = Selection(adapter.plan.slots, adapter.plan.missing)
+    draft = Draft(units, shared)
+    return describe(blueprint, config, adapter.name, selection, adapter.plan.heads, draft), draft
 
 
 def _buffers(adapter: Adapter) -> dict[str, torch.Tensor]:

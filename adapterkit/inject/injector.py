@@ -14,6 +14,7 @@ from adapterkit.inject.site import CHILD, Site, check, check_unwrapped, close_si
 from adapterkit.inject.state import slug
 from adapterkit.methods.base import Helper, Unit
 from adapterkit.model.blueprint import Blueprint, Head, Slot
+from adapterkit.planning import Draft, Plan
 from adapterkit.runtime import Runtime
 
 
@@ -52,6 +53,13 @@ def move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Like `module.to`, but at once if there is nothing to do: an attach moves many small modules."""
     if any(t.device != device or t.dtype != dtype for t in (*module.parameters(), *module.buffers())):
         module.to(device, dtype)
+
+
+def cast(plan: Plan, draft: Draft, model: nn.Module, dtype: str | torch.dtype) -> None:
+    """Units to the device and type of their hosts."""
+    hosts = {slot.address: slot.module for slot in plan.slots} | {"shared": plan.slots[0].module}
+    for address, module in draft.modules().items():
+        move(module, device_of(hosts[address]), dtype_of(hosts[address], model, dtype))
 
 
 def copy_head(module: nn.Module) -> nn.Module:

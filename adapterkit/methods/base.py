@@ -74,6 +74,21 @@ class Unit(nn.Module, ABC):
         """Weight (D_out, D_in) and bias (D_out,) of the linear map that equals host and unit together."""
 
 
+class Unmergeable(Unit):
+    """A unit that is no change of a weight."""
+
+    reason: ClassVar[str]
+    """Why, for messages."""
+
+    def refuses_merge(self) -> str | None:
+        return self.reason
+
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise NotImplementedError("refused by refuses_merge")
+
+
 class Shared(nn.Module):
     """Tensors that all units of one adapter use. Registered once, at the first site."""
 

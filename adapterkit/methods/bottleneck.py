@@ -13,7 +13,7 @@ from torch import nn
 
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
-from adapterkit.methods.base import BranchConfig, Helper, Shared, Unit
+from adapterkit.methods.base import BranchConfig, Helper, Shared, Unit, Unmergeable
 from adapterkit.methods.flow import Capture, Flow, Result, base_forward, first, flow_of, with_first
 from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Blueprint, Slot
@@ -171,7 +171,7 @@ def _input_helper(branch: Branch) -> Helper:
     return Helper(branch.inside, key, partial(Capture, f"{branch.address}~"), "input", -1)
 
 
-class Bottleneck(Unit):
+class Bottleneck(Unmergeable):
     """u = s * up(act(down(LN(z)))) with a residual, at one branch h of the residual stream x.
 
     Sequential: z is h, or h + x (through the model's own norm in post-norm models) with
@@ -183,6 +183,7 @@ class Bottleneck(Unit):
     """
 
     phase = 2
+    reason = "a bottleneck is no change of a weight"
 
     def __init__(
         self,
@@ -223,14 +224,6 @@ class Bottleneck(Unit):
     @property
     def leaves(self) -> str:
         return self.branch
-
-    def refuses_merge(self) -> str | None:
-        return "a bottleneck is no change of a weight"
-
-    def merged(
-        self, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError("refused by refuses_merge")
 
     @property
     def dtype(self) -> torch.dtype:

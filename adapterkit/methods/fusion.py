@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
-from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit
+from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.bottleneck import Bottleneck
 from adapterkit.methods.flow import flow_of
 from adapterkit.methods.targets import Selection
@@ -76,7 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Configs of fusions by name."""
 
 
-class Fusion(Unit):
+class Fusion(Unmergeable):
     """sum_i softmax_i(q . k_i) v_i + r, with q from what the adapters read, k_i and v_i from their outputs.
 
     Input, residual and what follows are those of the last adapter.
@@ -86,6 +86,7 @@ class Fusion(Unit):
 
     phase = 2
     per_position = True
+    reason = "attention over adapters is no change of a weight"
 
     def __init__(self, slot: Slot, config: FusionConfig, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -111,14 +112,6 @@ class Fusion(Unit):
     @property
     def leaves(self) -> str:
         return self.branch
-
-    def refuses_merge(self) -> str | None:
-        return "attention over adapters is no change of a weight"
-
-    def merged(
-        self, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError("refused by refuses_merge")
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
         flow = flow_of(host)

@@ -12,7 +12,7 @@ from torch import nn
 
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
-from adapterkit.methods.base import MethodConfig, Shared, Unit
+from adapterkit.methods.base import MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.flow import first, with_first
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Slot
@@ -194,26 +194,19 @@ class Glow(Coupling):
         return torch.cat([(y1 - t) / self.scale(s), x2], dim=-1)
 
 
-class _End(Unit):
+class _End(Unmergeable):
     """One end of a bijection; its tensors belong to the shared couplings."""
 
     phase = 5
     per_position = True
     averages = False  # a mean of bijections may be none
+    reason = "a bijection of embeddings is no change of a weight"
 
     def __init__(self, couplings: Couplings, stack: str) -> None:
         super().__init__()
         # in a tuple, so that the couplings are registered at their owner alone
         self.owner = (couplings,)
         self.stack = stack
-
-    def refuses_merge(self) -> str | None:
-        return "a bijection of embeddings is no change of a weight"
-
-    def merged(
-        self, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError("refused by refuses_merge")
 
     @property
     def coupling(self) -> Coupling:

@@ -12,7 +12,7 @@ from torch import nn
 
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
-from adapterkit.methods.base import Layers, MethodConfig, Shared, Unit
+from adapterkit.methods.base import Layers, MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.lora import Gate, uniform
 from adapterkit.methods.targets import Selection, chosen_layers
 from adapterkit.model.blueprint import Blueprint, Slot
@@ -111,7 +111,7 @@ class PrefixTuningConfig(MethodConfig):
         return config, found, None
 
 
-class PrefixUnit(Unit):
+class PrefixUnit(Unmergeable):
     """P keys and values at one attention core.
 
     Identity is not promised at first: a key takes attention away whatever its value.
@@ -121,6 +121,7 @@ class PrefixUnit(Unit):
     acts_on = "kernel"
     averages = False  # attention is no mean of what it attends to
     undoes = True
+    reason = "a prefix is no change of a weight"
 
     def __init__(self, core: Core, config: PrefixTuningConfig, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -143,14 +144,6 @@ class PrefixUnit(Unit):
             first, last = (gate(x)[..., None] for gate in (self.gates[0], self.gates[-1]))
             key, value = key * first, value * last
         return key, value
-
-    def refuses_merge(self) -> str | None:
-        return "a prefix is no change of a weight"
-
-    def merged(
-        self, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError("refused by refuses_merge")
 
 
 class FlatPrefix(PrefixUnit):

@@ -13,7 +13,7 @@ from torch import nn
 
 from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods import entering
-from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Words
+from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Unmergeable, Words
 from adapterkit.methods.flow import base_forward, entry_place, first, flow_of, with_first
 from adapterkit.methods.positions import Span, Strip, StripRead, insert, key
 from adapterkit.methods.targets import Selection
@@ -82,7 +82,7 @@ class PromptTuningConfig(MethodConfig):
         return [helper for slot in slots for helper in _helpers(blueprint, slot, self)]
 
 
-class Prompt(Unit):
+class Prompt(Unmergeable):
     """P vectors of the width of the embeddings, which wait at the table until the stack is entered.
 
     Source: Lester et al. 2021, arXiv:2104.08691, section 2: [P; X] in place of the embedded input X.
@@ -91,6 +91,7 @@ class Prompt(Unit):
 
     acts_on: ClassVar[Literal["held", "input", "output"]] = "held"
     averages = False  # positions of different contents
+    reason = "positions of a sequence are no change of a weight"
 
     def __init__(self, slot: Slot, config: PromptTuningConfig, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -104,14 +105,6 @@ class Prompt(Unit):
                 self.embeds.uniform_(-scale, scale, generator=generator)
             elif not self.embeds.is_meta:
                 self.embeds.copy_(_rows(slot, config, generator))
-
-    def refuses_merge(self) -> str | None:
-        return "positions of a sequence are no change of a weight"
-
-    def merged(
-        self, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError("refused by refuses_merge")
 
     def put(self, x: torch.Tensor, flow: dict[str, Any]) -> torch.Tensor:
         """Put the prompt into x where the entry of the stack has said, else at its fixed place."""

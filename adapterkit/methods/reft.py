@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from adapterkit.methods.activations import ACTIVATIONS
-from adapterkit.methods.base import Helper, Layers, MethodConfig, Shared, Unit
+from adapterkit.methods.base import Helper, Layers, MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.flow import EntryInfo, entry_place, first, flow_of, with_first
 from adapterkit.methods.targets import Selection, chosen_layers
 from adapterkit.model.blueprint import Blueprint, Slot
@@ -115,7 +115,7 @@ class Intervention(nn.Module):
         return h + source @ rows
 
 
-class ReFT(Unit):
+class ReFT(Unmergeable):
     """Edit the first and last positions of every example behind one layer.
 
     Positions are counted by the stack's own mask, from its first one on; padding is never edited. Under a
@@ -125,6 +125,7 @@ class ReFT(Unit):
     """
 
     phase = 4
+    reason = "an intervention on states is no change of a weight"
 
     def __init__(self, slot: Slot, config: ReFTConfig, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -139,14 +140,6 @@ class ReFT(Unit):
     @property
     def per_example(self) -> tuple[str, ...]:
         return (f"{self.stack}.mask",)
-
-    def refuses_merge(self) -> str | None:
-        return "an intervention on states is no change of a weight"
-
-    def merged(
-        self, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError("refused by refuses_merge")
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
         flow = flow_of(host)
