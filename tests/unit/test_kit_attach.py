@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import adapterkit as ak
-from adapterkit import kit as kit_module
+from adapterkit import members
 from adapterkit.errors import ConfigError, NotAttachedError, PlanError
 from adapterkit.inject import injector
 from tests.models import tiny
@@ -38,8 +38,8 @@ def breaking(function: Any, at: int) -> Any:
     [
         *((injector, "open_site", at) for at in (0, 1, 5, 12, 13)),  # 12 slots, one head, then the entry
         *((injector, "slug", at) for at in (0, 1, 5, 12, 13)),  # the last is for the manifest
-        (kit_module, "open_entries", 0),
-        (kit_module, "named_parameters", 0),
+        (members, "open_entries", 0),
+        (members, "named_parameters", 0),
     ],
 )
 def test_an_attach_that_fails_leaves_the_model_as_it_was(
