@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 BATCH, SEQ, DECODER_SEQ, FRAMES = 2, 7, 5, 2
 FIRST_WORD, LAST_WORD = 5, 60
-TRIES = 48
+TRIES, ASKED = 48, 3
 
 _SUB = "model_type"
 Inputs = dict[str, Any]
@@ -39,16 +39,31 @@ def draw(model: nn.Module, seed: int = 0, given: Mapping[str, Any] | None = None
     Raises: NotRunning.
     """
     reasons: list[str] = []
-    for inputs in itertools.islice(Drawer(model, seed).candidates(), TRIES):
-        inputs |= given or {}
+    drawer = Drawer(model, seed)
+    for inputs in itertools.islice(drawer.candidates(), TRIES):
+        found = _running(drawer, inputs | dict(given or {}), reasons)
+        if found is not None:
+            return found
+    raise NotRunning(reasons)
+
+
+def _running(drawer: Drawer, inputs: Inputs, reasons: list[str]) -> Inputs | None:
+    """The inputs, with what the model asks for by name, if it runs on them."""
+    for _ in range(ASKED):
         try:
-            run(model, inputs)
+            run(drawer.model, inputs)
         except Exception as error:  # models raise anything on inputs that do not fit
             reason = f"{type(error).__name__}: {error}"
             reasons += [reason] if reason not in reasons else []
-            continue
-        return inputs
-    raise NotRunning(reasons)
+            asked = [n for n in drawer.names if n not in inputs and re.search(rf"\b{n}\b", reason)]
+            more = {name: drawer.named(name, inputs) for name in asked}
+            more = {name: value for name, value in more.items() if value is not None}
+            if not more:
+                return None
+            inputs = inputs | more
+        else:
+            return inputs
+    return None
 
 
 @torch.no_grad()
@@ -142,22 +157,37 @@ class Drawer:
         for name in self.names:
             if name in inputs or name in more or name not in self.required:
                 continue
-            made = self._named(name, inputs)
+            made = self.named(name, inputs)
             if made is not None:
                 more[name] = made
         return more
 
-    def _named(self, name: str, inputs: Inputs) -> Any:
-        """An argument without a default, by its name."""
-        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else SEQ
+    def named(self, name: str, inputs: Inputs) -> Any:
+        """An argument that the model asks for, by its name; None if the name says nothing."""
+        pixels = inputs.get("pixel_values")
+        texts = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        length = texts.shape[1] if texts is not None else SEQ
+        if name in ("pixel_values", "input_features", "input_values"):
+            return None  # these have forms
+        if name == "pixel_mask" and pixels is not None:
+            return torch.ones(pixels.shape[0], *pixels.shape[-2:], dtype=torch.long)
+        if name.endswith("mask") and name.startswith(("input_feat", "feature")):
+            sound = inputs.get("input_features")
+            return None if sound is None else torch.ones(sound.shape[0], sound.shape[-1], dtype=torch.long)
         if name.endswith("mask"):
             return torch.ones(BATCH, length, dtype=torch.long)
         if name == "bbox":
-            return torch.zeros(BATCH, length, 4, dtype=torch.long)
+            numbers = 4 if not self.find("dim_bbox") else self.find("dim_bbox")
+            return torch.zeros(BATCH, length, numbers, dtype=torch.long if numbers == 4 else torch.float)
+        if name == "image_sizes":
+            return torch.tensor([list(self._side())] * BATCH)
         if name.endswith("ids"):
             return self._ids(BATCH, length)
         if name.endswith(("embeds", "states", "features", "embeddings")):
-            return self._floats(BATCH, length, self._width())
+            other = (
+                self.find("encoder_hidden_size", "cross_attention_hidden_size") if "encoder" in name else None
+            )
+            return self._floats(BATCH, length, other or self._width())
         return None
 
     def _prompted(self, media: Inputs) -> Inputs:
@@ -215,7 +245,9 @@ class Drawer:
         for name in ("input_features", "input_values", "audio_values", "audio_input_features"):
             if name in self.names:
                 yield [*self._sounds(name)]
-        for name in ("flattened_patches", "past_values", "inputs_embeds", "hidden_states"):
+        if "grid_thw" in self.names and "hidden_states" in self.names:
+            yield [self._patches]
+        for name in ("query_embeds", "flattened_patches", "past_values", "inputs_embeds", "hidden_states"):
             if name in self.required:
                 yield [lambda name=name: {name: self._floats(BATCH, SEQ, self._width())}]  # type: ignore[misc]
 
@@ -254,14 +286,15 @@ class Drawer:
         """Patches of all images in one row, with the grid that each image has."""
         if "image_grid_thw" not in self.names and "grid_thw" not in self.names:
             return {}
+        name = "pixel_values" if "pixel_values" in self.names else "hidden_states"
         patch = self.find("patch_size") or 14
         merge = self.find("spatial_merge_size", "merge_size") or 2
         frames = self.find("temporal_patch_size") or 1
         side = merge * 2
         width = self._channels() * frames * patch * patch
         grid = torch.tensor([[1, side, side]] * BATCH)
-        name = "image_grid_thw" if "image_grid_thw" in self.names else "grid_thw"
-        return {"pixel_values": self._floats(BATCH * side * side, width), name: grid}
+        said = "image_grid_thw" if "image_grid_thw" in self.names else "grid_thw"
+        return {name: self._floats(BATCH * side * side, width), said: grid}
 
     def _sounds(self, name: str) -> Iterator[Callable[[], Inputs]]:
         bins = (

@@ -32,6 +32,8 @@ class Way:
     """Heads that have a size of their own together need not be as wide as the stream."""
     scale: int = 0
     """Divide all widths by this instead."""
+    equal: bool = False
+    """One width for all streams: where a default config is at odds with itself."""
     images: bool = True
     """Make images small as well."""
     layers: int = LAYERS
@@ -43,6 +45,7 @@ WAYS = (
     Way(own_head_dim=False),
     Way(hidden=64, other=(96, 32)),
     Way(hidden=64, other=(96, 32), own_head_dim=False, images=False),
+    Way(equal=True),
     Way(scale=16),
     Way(scale=8, images=False),
     Way(scale=4, heads=False),
@@ -82,13 +85,13 @@ _SUB = "model_type"
 
 def names(config: Any) -> list[str]:
     """What the config is made with."""
-    own = [field.name for field in fields(config) if field.init]
-    return [name for name in own if not name.startswith("_") and hasattr(config, name)]
+    own = [field.name for field in fields(config) if field.init and not field.name.startswith("_")]
+    return [name for name in own if name in vars(config)]
 
 
 def sub_configs(config: Any) -> dict[str, Any]:
     """Configs inside the config, by the name of their field."""
-    found = {name: getattr(config, name) for name in names(config)}
+    found = {name: vars(config)[name] for name in names(config)}
     return {name: value for name, value in found.items() if hasattr(value, _SUB)}
 
 
@@ -122,7 +125,7 @@ class Shrinker:
     def __init__(self, config: Any, way: Way) -> None:
         self.way = way
         tree = list(_all(config))
-        held = [(name, getattr(one, name)) for one in tree for name in names(one)]
+        held = [(name, vars(one)[name]) for one in tree for name in names(one)]
         widths = [
             (name, number) for name, value in held if _is_width(name, value) for number in _numbers(value)
         ]
@@ -131,6 +134,8 @@ class Shrinker:
         first, step = way.other
         self.widths = {number: way.hidden * (i + 1) for i, number in enumerate(hidden)}
         self.widths |= {number: first + step * i for i, number in enumerate(others)}
+        if way.equal:
+            self.widths |= dict.fromkeys(hidden, way.hidden)
         if way.scale:
             self.widths = {number: max(number // way.scale, 1) for number in (*hidden, *others)}
         dims = {n for name, value in held if _HEAD_DIM.search(name) for n in _numbers(value)}
@@ -145,7 +150,7 @@ class Shrinker:
 
         Raises: whatever the class says against it.
         """
-        held = {name: getattr(config, name) for name in names(config)}
+        held = {name: vars(config)[name] for name in names(config)}
         new = {name: self.shrink(value) if hasattr(value, _SUB) else value for name, value in held.items()}
         new |= self._layers(held)
         heads = self._heads(held)
@@ -221,10 +226,16 @@ class Shrinker:
         for name, value in held.items():
             if not (_HEAD_DIM.search(name) and isinstance(value, int) and not isinstance(value, bool)):
                 continue
-            fitting = [(h, c) for h in hidden for c in heads if held[h] == held[c] * value]
-            if fitting and (not self.way.own_head_dim or name not in ("head_dim",)):
-                stream, count = fitting[0]
-                found[name] = new[stream] // new[count]
+            fitting = [
+                (h, c, held[c] * value // held[h])
+                for h in hidden
+                for c in heads
+                if held[h] and held[c] * value % held[h] == 0 and 1 <= held[c] * value // held[h] <= 4
+            ]
+            exact = [fit for fit in fitting if fit[2] == 1] or [fit for fit in fitting if _akin(name, fit[1])]
+            if exact and (not self.way.own_head_dim or name != "head_dim"):
+                stream, count, times = exact[0]
+                found[name] = new[stream] * times // new[count]
             else:
                 found[name] = self.dims[value]
         return found
@@ -258,6 +269,11 @@ class Shrinker:
         if name.endswith("_offset"):
             return min(value, 1)
         return value
+
+
+def _akin(one: str, other: str) -> bool:
+    """Whether two fields speak of the same thing by their first word."""
+    return one.partition("_")[0] == other.partition("_")[0]
 
 
 def _is_count(name: str, value: Any) -> bool:
