@@ -16,6 +16,8 @@ _HOMES = {
     "load": "adapterkit.api",
     "of": "adapterkit.api",
     "plan": "adapterkit.api",
+    "draft": "adapterkit.author.draft",
+    "Draft": "adapterkit.author.draft",
     "Kit": "adapterkit.kit",
     "Adapter": "adapterkit.adapter",
     "Plan": "adapterkit.planning",
@@ -55,6 +57,7 @@ __all__ = [
     "CompacterConfig",
     "DVoRAConfig",
     "DoRAConfig",
+    "Draft",
     "Fuse",
     "FusionConfig",
     "IA3Config",
@@ -76,6 +79,7 @@ __all__ = [
     "VeRAConfig",
     "__version__",
     "attach",
+    "draft",
     "errors",
     "interfaces",
     "load",
@@ -88,6 +92,7 @@ if TYPE_CHECKING:
     from adapterkit import errors
     from adapterkit.adapter import Adapter
     from adapterkit.api import attach, load, of, plan
+    from adapterkit.author.draft import Draft, draft
     from adapterkit.composition import (
         Average,
         BatchSplit,

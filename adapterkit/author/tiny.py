@@ -71,29 +71,33 @@ def build(
 
 
 def config_of(source: Any) -> Any:
-    """The config that `source` means: itself, of a directory or file, or the default one of a model type."""
+    """The config that `source` means: itself, one that is read, or the default one of a model type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if hasattr(source, "model_type"):
         return source
     path = Path(source)
-    if path.exists():
-        return _read(path)
-    if source not in CONFIG_MAPPING:
-        raise _refused(str(source), "there is none of this name", did_you_mean(str(source), CONFIG_MAPPING))
+    if (path / "config.json").is_file() or path.is_file() or source not in CONFIG_MAPPING:
+        return _read(source)
     try:
         return CONFIG_MAPPING[source]()
     except Exception as error:  # some configs need arguments
         raise _refused(str(source), f"it has no default config: {_short(str(error))}") from error
 
 
-def _read(path: Path) -> Any:
+def _read(source: str | Path) -> Any:
+    """The config of a directory, a file, or a hub id in the local cache."""
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # not readable, of an unknown type, needs code of its own
-        raise _refused(str(path), _short(str(error))) from error
+        return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # not there, not readable, of an unknown type, needs code of its own
+        found = Path(source).exists()
+        why = _short(str(error)) if found else "there is none of this name"
+        raise _refused(
+            str(source), why, "" if found else did_you_mean(str(source), CONFIG_MAPPING)
+        ) from error
 
 
 def _class(config: Any, cls: type[nn.Module] | str | None) -> Any:

@@ -121,6 +121,33 @@ def check(
     raise typer.Exit(PROBLEMS if any(one.problems for one in found) else OK)
 
 
+@app.command()
+def draft(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Model type, directory with a config.json, hub id in the local cache, or module:function"
+            " that gives any module, or a module and its inputs.",
+        ),
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there instead.")
+    ] = None,
+    like: Annotated[
+        bool, typer.Option(help="Write only the differences to a known interface that is near.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Write an interface for a model that has none, from one recorded forward pass of a tiny instance.
+
+    Exit code 1 if anything was not found; the file then says what.
+    """
+    from adapterkit.cli import drafting
+
+    raise typer.Exit(OK if drafting.run(model, output, like, json) else PROBLEMS)
+
+
 @app.command("list")
 def list_(json: Json = False) -> None:
     """Families and the methods they can have, as their interfaces say."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -181,6 +182,17 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
             shape=(stretch.total, whole.shape[1]),
             rows=stretch,
         )
+
+
+def usual_heads(config: Any, core: nn.Module | None) -> tuple[int | None, int | None]:
+    """(query heads, key/value heads) that config or core show under the usual names."""
+    heads, kv_heads = (_first(names, (config, core)) for names in (_HEADS, _KV_HEADS))
+    return heads, kv_heads or heads
+
+
+def _first(names: tuple[str, ...], holders: tuple[Any, ...]) -> int | None:
+    found = (getattr(holder, name, None) for holder in holders for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 def _head_sizes(

@@ -1,0 +1,400 @@
+"""One observed column of layers as a stack of an interface: its root, its ends, what its layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from adapterkit.author.describe import Describer, Notes, Scene, Words, arguments
+from adapterkit.author.graph import Call
+from adapterkit.author.stacks import StackFacts, light_ahead
+from adapterkit.spec.schema import Inputs
+
+_ALIGNED = ("token_type_ids", "bbox")
+"""Arguments with one value per token."""
+_INPUTS = {
+    "ids": "input_ids",
+    "embeds": "inputs_embeds",
+    "mask": "attention_mask",
+    "positions": "position_ids",
+}
+
+
+@dataclass
+class Column:
+    """A stack while it is described."""
+
+    scene: Scene
+    facts: StackFacts
+    name: str
+    root: str
+    """Path of the module below which everything is named."""
+    notes: Notes
+
+    @property
+    def loc(self) -> tuple[str, ...]:
+        return ("stacks", self.name)
+
+    def below(self, path: str) -> str | None:
+        return self.scene.below(path, self.root)
+
+    def words(self, others: Iterable[Column]) -> Words:
+        """Everything about the stack, in the order of the forward pass."""
+        said: Words = {}
+        base = base_path(self.scene.model)
+        if self.root != base:
+            said["at"] = self.scene.below(self.root, base) or self.root
+        config = self._config_name()
+        if config is not None:
+            said["config"] = config
+        said |= self._embeddings()
+        said |= self._entry()
+        said |= self._reads(others)
+        said["layers"] = self.below(self._list_path()) if "*" not in self.facts.path else self._glob()
+        said |= self._layers()
+        said |= self._far_end()
+        return said
+
+    # ---------------------------------------------------------------------------------------- the root
+
+    def _list_path(self) -> str:
+        return self.facts.path
+
+    def _glob(self) -> str:
+        path = self.facts.path
+        return path[len(self.root) + 1 :] if self.root else path
+
+    @property
+    def config(self) -> Any:
+        """The config that speaks of this stack."""
+        whole = getattr(self.scene.modules[base_path(self.scene.model)], "config", None)
+        name = self._config_name()
+        return getattr(whole, name) if name else whole
+
+    def _config_name(self) -> str | None:
+        """Name of the sub-config that belongs to the stack's root."""
+        whole = getattr(self.scene.modules[base_path(self.scene.model)], "config", None)
+        module = self.scene.modules[self.root]
+        own = getattr(module, "config", None)
+        if own is None or own is whole or whole is None:
+            return None
+        names = [name for name, value in vars(whole).items() if value is own]
+        return names[0] if names else None
+
+    # ----------------------------------------------------------------------------------- the near end
+
+    def _embeddings(self) -> Words:
+        tables = [one for one in self.facts.tables if one.call is not None]
+        table = self.below(tables[0].path) if tables else None
+        if len(tables) > 1:
+            more = ", ".join(one.path for one in tables[1:])
+            self.notes.remark((*self.loc, "embeddings"), f"looked up too: {more}")
+        graph = self.scene.graph
+        arriving = [c for c in self.facts.arriving if c.path != self.root and self._once(c)]
+        arriving = [c for c in arriving if self.below(c.path) not in (None, ".")]
+        projection = self._projection(arriving) if table else None
+        before = projection.given if projection is not None else None
+        entering = graph.same(self.facts.entering if before is None else before)
+        exact = [c for c in arriving if c.gives is not None and graph.same(c.gives) == entering]
+        leaves = [c for c in exact if c.is_leaf and c.kind != "Identity"]
+        # what passes on unchanged is the last of those that give the same numbers
+        last = max(leaves or exact, key=lambda c: (c.end, c.index), default=None)
+        out = self.below(last.path) if last is not None else table
+        found: Words = {"table": table} if table else {}
+        if out is None:
+            text = "the stream comes out of no module before the first layer, so there is nothing to name"
+            self.notes.remark((*self.loc, "layers"), text)
+            return {}
+        said: Words = {"embeddings": found | {"out": out}}
+        if projection is not None:
+            said["extra"] = {"embedding_projection": self.below(projection.path)}
+        return said
+
+    def _projection(self, arriving: list[Call]) -> Call | None:
+        """The linear module between embeddings of another width and the stream."""
+        graph = self.scene.graph
+        wide = graph.nodes[self.facts.entering].shape[-1]
+        for call in reversed(arriving):
+            if call.given is None or call.gives is None or not self.scene.is_linear(call.path):
+                continue
+            if graph.nodes[call.gives].shape[-1] == wide != graph.nodes[call.given].shape[-1]:
+                return call
+        return None
+
+    def _once(self, call: Call) -> bool:
+        return len(self.scene.graph.calls_of(call.path)) == 1
+
+    def _entry(self) -> Words:
+        """The module whose call runs the stack, and the names of its arguments."""
+        called = self.scene.graph.calls_of(self.root)
+        found: Words = {}
+        module = self.scene.modules[self.root]
+        if not any(call.start <= self.facts.layers[0].call.start < call.end for call in called):
+            below = self.below(self.facts.entry.path)
+            if below not in (None, "."):
+                found["entry"] = below
+                module = self.scene.modules[self.facts.entry.path]
+        inputs = self._inputs(module)
+        return found | ({"inputs": inputs} if inputs else {})
+
+    def _inputs(self, module: nn.Module) -> Words:
+        """Arguments that are called otherwise than usual, or that are missing."""
+        taken = arguments(module)
+        usual = {word: Inputs.model_fields[word].default for word in _INPUTS}
+        found: Words = {word: None for word, name in usual.items() if name not in taken}
+        if {"ids", "embeds"} <= found.keys():  # of images or sounds: a mask is not one of tokens
+            found |= {"mask": None, "positions": None}
+        aligned = [name for name in _ALIGNED if name in taken]
+        return found | ({"aligned": aligned} if aligned else {})
+
+    def _reads(self, others: Iterable[Column]) -> Words:
+        """The other stack whose states the cross-attention attends to."""
+        graph = self.scene.graph
+        cross = [b for layer in self.facts.layers for b in layer.branches if b.kind == "cross_attention"]
+        if not cross:
+            return {}
+        behind = graph.closure([cross[0].events[-1].key])
+        read = next((o for o in others if o is not self and o.facts.leaving in behind), None)
+        if read is None:
+            self.notes.gap((*self.loc, "reads"), "the states that cross-attention reads come from no stack")
+            return {}
+        found: Words = {"stack": read.name}
+        calls = [c for c in graph.calls_of(self.root) if c.start <= self.facts.layers[0].call.start < c.end]
+        given = [name for c in calls for name, value in c.arguments if _made_of(self, value, read)]
+        usual = "encoder_hidden_states"
+        if given and usual not in given:
+            found["states"] = given[0]
+        if "encoder_attention_mask" not in arguments(self.scene.modules[self.root]):
+            found["mask"] = None
+        return {"reads": found}
+
+    # ------------------------------------------------------------------------------------------ layers
+
+    def _layers(self) -> Words:
+        once = {facts.call.path: facts for facts in reversed(self.facts.layers)}
+        layers = [once[path] for path in dict.fromkeys(f.call.path for f in self.facts.layers)]
+        parallel = [
+            one.is_parallel for one in layers if {b.kind for b in one.branches} >= {"attention", "mlp"}
+        ]
+        describer = Describer(self.scene, self.loc, self.notes, bool(parallel) and all(parallel))
+        told = [describer.layer(facts) for facts in layers]
+        said: Words = {}
+        if describer.parallel:
+            said["block"] = "parallel"
+            said |= _share_norm(told)
+        elif any(parallel):
+            self.notes.gap((*self.loc, "block"), "some layers are parallel and some are not")
+        self._sizes(describer, layers[0], told)
+        for word in ("attention", "mlp"):
+            if not any(word in one for one in told):
+                self.notes.gap((*self.loc, word), f"no layer has a branch of the kind {word}")
+        return said | kinds_of(self, told)
+
+    def _sizes(self, describer: Describer, facts: Any, told: list[Words]) -> None:
+        """Head counts, where neither the config's usual fields nor the core show what was observed."""
+        from adapterkit.author.sizes import missing_sizes
+
+        for branch in facts.branches:
+            if not branch.events or branch.events[-1].kind == "whole":
+                continue
+            for one in told:
+                if branch.kind in one:
+                    found = missing_sizes(self, describer, branch, one[branch.kind])
+                    if found:
+                        one[branch.kind]["sizes"] = found
+
+    # ------------------------------------------------------------------------------------- the far end
+
+    def _far_end(self) -> Words:
+        graph, facts = self.scene.graph, self.facts
+        found: Words = {}
+        following = self._following()
+        width = graph.nodes[facts.entering].shape
+        norms = [c for c in following if graph.is_norm(c) or _is_norm_elsewhere(c)]
+        norms = [c for c in norms if graph.nodes[c.given or 0].shape == width]
+        last = facts.layers[-1].call
+        if norms:
+            found["final_norm"] = self.below(norms[0].path)
+        elif len(graph.calls_of(last.path)) > 1 and facts.leaving is not None:
+            outer = [c for c in graph.returned(facts.leaving) if c.index < last.index and c.path != self.root]
+            exits = [self.below(c.path) for c in outer if self.below(c.path) not in (None, ".")]
+            if exits:
+                found["exit"] = exits[0]
+        poolers = [c for c in following if c not in norms and self._pools(c)]
+        if poolers and self.config is not None:
+            why = "classes with a head may be built without it"
+            found["pooler"] = {"path": self.below(poolers[0].path), "optional": why}
+        return found
+
+    def _following(self) -> list[Call]:
+        """Modules with weights behind the last layer that read its states, in order, outer ones first."""
+        graph, leaving = self.scene.graph, self.facts.leaving
+        if leaving is None:
+            return []
+        near = set(light_ahead(graph, leaving))
+        found = []
+        for call in graph.calls[self.facts.layers[-1].call.index + 1 :]:
+            if call.start < self.facts.layers[-1].call.end or call.given not in near:
+                continue
+            below = self.below(call.path)
+            weights = next(self.scene.modules[call.path].parameters(), None) is not None
+            if below not in (None, ".") and (weights or _is_norm_elsewhere(call)):
+                found.append(call)
+                if call.gives is not None and graph.is_norm(call):
+                    near |= light_ahead(graph, call.gives)
+        return found
+
+    def heads(self) -> list[str]:
+        """In a model that no config describes: what reads the states behind the stack, and is no norm."""
+        following = self._following()
+        found = [c.path for c in following if not self.scene.graph.is_norm(c) and not _is_norm_elsewhere(c)]
+        return [path for path in dict.fromkeys(found) if not any(path.startswith(f"{o}.") for o in found)]
+
+    def _pools(self, call: Call) -> bool:
+        """Whether a module takes or makes one vector of all states."""
+        graph = self.scene.graph
+        axes = len(graph.nodes[self.facts.entering].shape)
+        return call.gives is not None and len(graph.nodes[call.gives].shape) == axes - 1
+
+
+def base_path(model: nn.Module) -> str:
+    """Where paths of an interface start: the model without its head."""
+    prefix = getattr(model, "base_model_prefix", None)
+    return prefix if isinstance(prefix, str) and prefix and prefix in model._modules else ""
+
+
+def _is_norm_elsewhere(call: Call) -> bool:
+    """What is an identity in this config, and by its name a norm in others."""
+    return call.kind == "Identity" and "norm" in call.path.rpartition(".")[2].lower()
+
+
+def _made_of(column: Column, value: int, read: Column) -> bool:
+    leaving = read.facts.leaving
+    return leaving is not None and leaving in column.scene.graph.closure([value])
+
+
+def _share_norm(told: list[Words]) -> Words:
+    """The one norm before both branches of a parallel block, taken out of them."""
+    norms = {one.get(word, {}).get("norm", {}).get("before") for one in told for word in ("attention", "mlp")}
+    if len(norms) != 1 or None in norms:
+        return {}
+    for one in told:
+        for word in ("attention", "mlp"):
+            norm = one[word]["norm"]
+            del norm["before"]
+            if not norm:
+                del one[word]["norm"]
+    return {"shared_norm": norms.pop()}
+
+
+def kinds_of(column: Column, told: list[Words]) -> Words:
+    """The sublayers of all layers; those that differ by the kind of a layer, or as alternatives."""
+    common = {word: told[0][word] for word in told[0] if all(one.get(word) == told[0][word] for one in told)}
+    differing = [w for w in ("attention", "cross_attention", "mlp") if any(w in one for one in told)]
+    differing = [word for word in differing if word not in common]
+    if not differing:
+        return common
+    by = _field(column.config, [{w: one[w] for w in differing if w in one} for one in told])
+    if by is not None:
+        name, values = by
+        kinds: Words = {}
+        for value, one in zip(values, told, strict=True):
+            kinds.setdefault(str(value), {w: one[w] for w in differing if w in one})
+        return {**common, "kinds": {"by": name, "of": kinds}}
+    for word in differing:
+        options: list[Words] = []
+        for one in told:
+            if word in one and one[word] not in options:
+                options.append(one[word])
+        if not all(word in one for one in told):
+            text = "some layers have it and some have not, and no list in the config says which"
+            column.notes.gap((*column.loc, word), text)
+        common[word] = {"any_of": options} if len(options) > 1 else options[0]
+    return {word: common[word] for word in ("attention", "cross_attention", "mlp") if word in common}
+
+
+def _field(config: Any, told: list[Words]) -> tuple[str, list[Any]] | None:
+    """The list in the config that has one value for each kind of layer."""
+    for name, values in _items(config):
+        if not isinstance(values, list | tuple) or len(values) != len(told):
+            continue
+        if not all(isinstance(value, str | int | bool) for value in values):
+            continue
+        by: dict[str, Words] = {}
+        if all(by.setdefault(str(v), one) == one for v, one in zip(values, told, strict=True)):
+            return name, list(values)
+    return None
+
+
+def _items(config: Any) -> Iterable[tuple[str, Any]]:
+    if config is None:
+        return ()
+    public = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    # lists that a config computes are properties
+    for name in dir(type(config)):
+        if name.endswith(("types", "type")) and name not in public and not name.startswith("_"):
+            try:
+                public[name] = getattr(config, name)
+            except Exception:  # a property of another class of configs
+                continue
+    return public.items()
+
+
+def columns(scene: Scene, notes: Notes) -> list[Column]:
+    """The observed columns with their names and roots."""
+    facts = list(scene.seen.stacks)
+    base = base_path(scene.model)
+    paths = [one.path for one in facts]
+    found: list[Column] = []
+    for one in facts:
+        root = base if len(facts) == 1 else _root(one.path, [p for p in paths if p != one.path], base)
+        found.append(Column(scene, one, "", root, notes))
+    names: dict[str, int] = {}
+    for column in found:
+        name = _name(column, len(found))
+        names[name] = names.get(name, 0) + 1
+        column.name = name if names[name] == 1 else f"{name}{names[name]}"
+    return found
+
+
+def _root(path: str, others: list[str], base: str) -> str:
+    """The outermost module that holds this list of layers and none of the others."""
+    parts = path.split(".")
+    start = len(base.split(".")) if base else 0
+    for count in range(start + 1, len(parts)):
+        outer = ".".join(parts[:count])
+        if "*" in outer:
+            break
+        if not any(other == outer or other.startswith(f"{outer}.") for other in others):
+            return outer
+    return base
+
+
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "decoder": ("decoder",),
+    "vision": ("vision", "visual", "image", "patch"),
+    "audio": ("audio", "speech", "sound"),
+    "text": ("text", "language"),
+    "encoder": ("encoder",),
+}
+
+
+def _name(column: Column, count: int) -> str:
+    """A name for the stack, by the words of its path; by what attention may see, if it is alone."""
+    path = column.facts.path.lower()
+    if count > 1:
+        order = ("vision", "audio", "text", "decoder", "encoder")
+        for name in order:
+            if any(word in path for word in _WORDS[name]):
+                return name
+    causal = any(
+        bool(getattr(column.scene.modules[event.core.path], "is_causal", False))
+        for layer in column.facts.layers
+        for branch in layer.branches
+        if branch.kind == "attention"
+        for event in branch.events
+    )
+    return "decoder" if causal else "encoder"

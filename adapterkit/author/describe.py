@@ -1,0 +1,354 @@
+"""What was observed of one stack, in the words of the interface language."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from adapterkit.author.attention import Attention
+from adapterkit.author.fusedrows import Rows
+from adapterkit.author.gated import feeding, halves
+from adapterkit.author.graph import Call, Graph, Projection
+from adapterkit.author.layers import BranchFacts, LayerFacts
+from adapterkit.author.observe import Observation
+from adapterkit.model import linear
+from adapterkit.spec.vocabulary import RESERVED
+
+Words = dict[str, Any]
+
+
+@dataclass
+class Scene:
+    """A model, what it was called with, and what it did."""
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    seen: Observation
+    names: dict[int, list[str]] = field(init=False)
+    """Every path of a module; tied ones have several."""
+    modules: dict[str, nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))
+        self.names = {}
+        for path, module in self.modules.items():
+            self.names.setdefault(id(module), []).append(path)
+
+    @property
+    def graph(self) -> Graph:
+        return self.seen.graph
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.model, self.inputs, self.seen)
+
+    def below(self, path: str, root: str) -> str | None:
+        """A path as seen from a module above it, through any of its names; None if it is not there."""
+        for name in self.names[id(self.modules[path])]:
+            if name == root:
+                return "."
+            if not root or name.startswith(f"{root}."):
+                return name[len(root) + 1 :] if root else name
+        return None
+
+    def is_linear(self, path: str) -> bool:
+        return linear.shape(self.modules[path]) is not None
+
+
+@dataclass
+class Notes:
+    """What a human should look at, and what is missing; each with the words that it concerns."""
+
+    remarks: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+    gaps: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+
+    def remark(self, loc: tuple[str, ...], text: str) -> None:
+        if (loc, text) not in self.remarks:
+            self.remarks.append((loc, text))
+
+    def gap(self, loc: tuple[str, ...], text: str) -> None:
+        if (loc, text) not in self.gaps:
+            self.gaps.append((loc, text))
+
+
+@dataclass
+class Describer:
+    """Writes the layers of one stack."""
+
+    scene: Scene
+    loc: tuple[str, ...]
+    notes: Notes
+    parallel: bool = False
+    _layouts: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+    def layer(self, facts: LayerFacts) -> Words:
+        """Sublayers of one layer by name."""
+        found: Words = {}
+        for branch in facts.branches:
+            if branch.kind in found:
+                what = branch.projection.path if branch.projection else "something"
+                self.notes.gap(
+                    (*self.loc, branch.kind), f"{facts.call.path}: {what} is a further {branch.kind}"
+                )
+                continue
+            found[branch.kind] = self._branch(facts.call, branch)
+        self._extras(facts, found)
+        return {word: found[word] for word in ("attention", "cross_attention", "mlp") if word in found}
+
+    def _branch(self, layer: Call, facts: BranchFacts) -> Words:
+        words: Words = {}
+        loc = (*self.loc, facts.kind)
+        if facts.before is not None:
+            self._put(words, layer, ("norm", "before"), facts.before.path, loc)
+        if facts.kind == "mlp":
+            self._mlp(words, layer, facts, loc)
+        else:
+            self._attention(words, layer, facts, loc)
+        self._end(words, layer, facts, loc)
+        for step in facts.steps:
+            # what is an identity here is a dropout under another config
+            place = ("norm", "after") if step.is_norm else ("tail",)
+            self._put(words, layer, place, step.call.path, loc)
+        if facts.after_residual is not None:
+            self._put(words, layer, ("norm", "after_residual"), facts.after_residual.path, loc)
+        return words
+
+    def _put(
+        self, words: Words, layer: Call, place: tuple[str, ...], path: str, loc: tuple[str, ...]
+    ) -> None:
+        """Name a module below the layer."""
+        below = self.scene.below(path, layer.path)
+        if below is None:
+            self.notes.gap(loc, f"{'.'.join(place)} is {path}, which lies outside the layer")
+            return
+        for word in place[:-1]:
+            words = words.setdefault(word, {})
+        words[place[-1]] = below
+
+    # ------------------------------------------------------------------------------------------ attention
+
+    def _attention(self, words: Words, layer: Call, facts: BranchFacts, loc: tuple[str, ...]) -> None:
+        event = facts.events[-1]
+        self._put(words, layer, ("core",), event.core.path, loc)
+        if event.kind == "whole":
+            self.notes.gap(loc, f"{event.core.path} uses its weights without calling modules: no q, k, v, o")
+            return
+        bias = self._position_bias(layer, event)
+        if bias is not None:
+            self._put(words, layer, ("position_bias",), bias, loc)
+        made: dict[str, str] = {}
+        for role, found in zip("qkv", (event.q, event.k, event.v), strict=True):
+            path = self._maker(role, found, layer, loc)
+            if path is not None:
+                made[role] = path
+        hosts: dict[str, list[str]] = {}
+        for role, path in made.items():
+            hosts.setdefault(path, []).append(role)
+        for path, roles in hosts.items():
+            if len(roles) == 1:
+                self._put(words, layer, (roles[0],), path, loc)
+                if not self._has_batch(path):
+                    words[roles[0]] = {"path": words[roles[0]], "batch": "none"}
+            else:
+                self._fused(words, layer, event, path, roles, loc)
+
+    def _position_bias(self, layer: Call, event: Attention) -> str | None:
+        """A module in the core that makes a bias of fixed positions, (1, H, T, T) or (H, T, T)."""
+        graph = self.scene.graph
+        if event.mask is None:
+            return None
+        heads, long = graph.nodes[event.query].shape[-3:-1]
+        behind = graph.closure([event.mask], lambda v: v == layer.given)
+        for call in graph.calls[event.core.index + 1 :]:
+            if call.start >= event.core.end:
+                break
+            shape = graph.nodes[call.gives].shape if call.gives in behind and call.gives is not None else ()
+            if (
+                shape[-3:] == (heads, long, long)
+                and next(self.scene.modules[call.path].parameters(), None) is not None
+            ):
+                return call.path
+        return None
+
+    def _maker(
+        self, role: str, found: tuple[Projection, ...], layer: Call, loc: tuple[str, ...]
+    ) -> str | None:
+        """The module that makes the queries, keys or values."""
+        called = [one for one in found if one.call is not None and self.scene.is_linear(one.path)]
+        inside = [one for one in called if self.scene.below(one.path, layer.path) is not None]
+        if not inside:
+            what = ", ".join(one.path for one in found) or "nothing"
+            self.notes.gap(loc, f"{role}: no linear module in the layer makes it, but {what}")
+            return None
+        widest = max(inside, key=lambda one: self.scene.graph.nodes[one.node].shape[-1])
+        others = {one.path for one in inside} - {widest.path}
+        if others:
+            self.notes.remark((*loc, role), f"also made of {', '.join(sorted(others))}")
+        return widest.path
+
+    def _has_batch(self, path: str) -> bool:
+        """Whether every call of a module is given the batch."""
+        graph = self.scene.graph
+        given = [graph.nodes[call.given].shape for call in graph.calls_of(path) if call.given is not None]
+        return all(shape[0] % self.batch == 0 for shape in given)
+
+    def heads(self, event: Attention, k: str | None) -> tuple[int, int]:
+        """(query heads, key/value heads) of one computation."""
+        graph = self.scene.graph
+        query, key = graph.nodes[event.query].shape, graph.nodes[event.key].shape
+        batch = self.batch
+        heads = query[1] if len(query) == 4 else query[0] // batch
+        kv_heads = key[1] if len(key) == 4 else key[0] // batch
+        wide = query[-1]
+        if k is not None:
+            size = linear.shape(self.scene.modules[k])
+            if size is not None and size[0] % wide == 0 and size[0] // wide < kv_heads:
+                kv_heads = size[0] // wide
+        return heads, kv_heads
+
+    @property
+    def batch(self) -> int:
+        return next((v.shape[0] for v in self.scene.inputs.values() if hasattr(v, "shape") and v.dim()), 1)
+
+    def _fused(
+        self,
+        words: Words,
+        layer: Call,
+        event: Attention,
+        path: str,
+        roles: list[str],
+        loc: tuple[str, ...],
+    ) -> None:
+        below = self.scene.below(path, layer.path)
+        graph = self.scene.graph
+        key = (str(below), *roles)
+        if key not in self._layouts:
+            heads, kv_heads = self.heads(event, None)
+            rows = linear.shape(self.scene.modules[path])
+            wide = graph.nodes[event.query].shape[-1]
+            if rows is not None and set(roles) == {"q", "k", "v"} and rows[0] % wide == 0:
+                kv_heads = min(max((rows[0] // wide - heads) // 2, 1), heads)
+            found = self.scene.rows.attention(self.scene.modules[path], event, roles, heads, kv_heads)
+            self._layouts[key] = found
+        found = self._layouts[key]
+        if found is None:
+            text = f"{path} makes {', '.join(roles)}, but their rows lie in no layout of the language"
+            self.notes.gap((*loc, "fused"), text)
+            words.setdefault("extra", {})[_name(str(below))] = below
+            return
+        words["fused"] = {"path": below, "layout": found[0], "order": list(found[1])}
+
+    # ----------------------------------------------------------------------------------------------- mlp
+
+    def _mlp(self, words: Words, layer: Call, facts: BranchFacts, loc: tuple[str, ...]) -> None:
+        graph = self.scene.graph
+        if not self._is_plain(facts):
+            return
+        split = halves(graph, facts)
+        if split is None:
+            made = [path for path in feeding(graph, facts) if self._is_role(path, layer)]
+            if len(made) == 1:
+                self._put(words, layer, ("up",), made[0], loc)
+            elif made:
+                self.notes.gap(loc, f"up: several modules feed the last matrix: {', '.join(made)}")
+            return
+        gates, ups = ([p for p in side if self._is_role(p, layer)] for side in (split.gates, split.ups))
+        if len(gates) != 1 or len(ups) != 1:
+            self.notes.gap(loc, f"gate, up: not one module each: {', '.join((*gates, *ups)) or 'none'}")
+        elif gates[0] != ups[0]:
+            self._put(words, layer, ("gate",), gates[0], loc)
+            self._put(words, layer, ("up",), ups[0], loc)
+        else:
+            path = gates[0]
+            below = str(self.scene.below(path, layer.path))
+            if (below,) not in self._layouts:
+                size = linear.shape(self.scene.modules[path])
+                host = self.scene.modules[path]
+                self._layouts[below,] = self.scene.rows.gated(host, split, size[0] if size else 0)
+            order = self._layouts[below,]
+            if order is None:
+                self.notes.gap((*loc, "fused"), f"{path} holds gate and up, but not in two blocks")
+                words.setdefault("extra", {})[_name(below)] = below
+            else:
+                words["fused"] = {"path": below, "layout": "blocks", "order": list(order)}
+
+    def _is_plain(self, facts: BranchFacts) -> bool:
+        """Whether the branch ends in one called matrix, and not in a bank of experts."""
+        made = facts.projection
+        return made is not None and made.call is not None and self.scene.is_linear(made.path)
+
+    def _is_role(self, path: str, layer: Call) -> bool:
+        return self.scene.is_linear(path) and self.scene.below(path, layer.path) is not None
+
+    # ------------------------------------------------------------------------------------------- the end
+
+    def _end(self, words: Words, layer: Call, facts: BranchFacts, loc: tuple[str, ...]) -> None:
+        """The module that gives the branch its output."""
+        role = "down" if facts.kind == "mlp" else "o"
+        if self._is_plain(facts) and facts.projection is not None:
+            if self.scene.below(facts.projection.path, layer.path) is not None:
+                self._put(words, layer, (role,), facts.projection.path, loc)
+                return
+        outs = [call for call in facts.outs if self.scene.below(call.path, layer.path) not in (None, ".")]
+        if outs:
+            # the outermost: what is inside is more likely to be written in another way
+            self._put(words, layer, ("out",), outs[-1].path, loc)
+        else:
+            self.notes.gap(loc, f"{role}: no module gives the branch its output in {layer.path}")
+
+    def _extras(self, facts: LayerFacts, found: Words) -> None:
+        """Linear modules that were called and have no role: they may be adapted by name."""
+        named = {path for words in found.values() for path in _paths(words)}
+        for branch in facts.branches:
+            words = found.get(branch.kind)
+            if words is None:
+                continue
+            for call in self._inside(facts, branch):
+                below = self.scene.below(call.path, facts.call.path)
+                if below is None or below in named or any(part.isdigit() for part in below.split(".")):
+                    continue
+                name = _name(below)
+                taken = words.setdefault("extra", {})
+                if name not in taken:
+                    taken[name] = below if self._has_batch(call.path) else {"path": below, "batch": "none"}
+                    named.add(below)
+            if not words.get("extra", True):
+                del words["extra"]
+
+    def _inside(self, facts: LayerFacts, branch: BranchFacts) -> list[Call]:
+        """Calls of linear modules whose outputs the branch is made of."""
+        graph = self.scene.graph
+        entered = {facts.given, branch.stream, branch.source}
+        behind = graph.closure([branch.operand], lambda v: v in entered)
+        inside = (call for call in graph.calls[facts.call.index + 1 :] if call.start < facts.call.end)
+        return [c for c in inside if c.is_leaf and c.gives in behind and self.scene.is_linear(c.path)]
+
+
+def _name(below: str) -> str:
+    """A name for an extra module: the last word of its path that is not taken by the language."""
+    parts = below.split(".")
+    for count in range(1, len(parts) + 1):
+        name = "_".join(parts[-count:])
+        if name not in RESERVED and name[0].isalpha():
+            return name
+    return f"the_{parts[-1]}"
+
+
+def _paths(words: Mapping[str, Any]) -> list[str]:
+    """Every module that a sublayer names."""
+    found: list[str] = []
+    for key, value in words.items():
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, Mapping) and key != "sizes":
+            found += _paths(value)
+    return found
+
+
+def arguments(module: nn.Module) -> list[str]:
+    """Names of what a module's forward takes."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]

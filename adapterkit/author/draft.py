@@ -1,0 +1,119 @@
+"""An interface for a model that nobody wrote one for: from one recorded forward pass of a tiny instance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from adapterkit.author import tiny
+from adapterkit.author.columns import columns
+from adapterkit.author.describe import Notes, Scene, Words
+from adapterkit.author.observe import observe
+from adapterkit.author.yamltext import written
+from adapterkit.errors import Problem, ResolveError, SpecError, listing
+from adapterkit.model.resolve import resolve
+from adapterkit.spec import registry
+from adapterkit.spec.schema import Interface
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A drafted interface, what it leaves open, and the tiny model that it was drafted from."""
+
+    data: Words
+    notes: Notes
+    model: nn.Module
+    inputs: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The file, with comments on what a human should look at."""
+        return written(self.data, self.notes, type(self.model).__name__)
+
+    @property
+    def interface(self) -> Interface:
+        return registry.load(self.data)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything that was looked for was found."""
+        return not self.notes.gaps
+
+    @property
+    def summary(self) -> str:
+        """What was found, and what was not, for people."""
+        stacks = self.data.get("stacks", {})
+        lines = [f"drafted from {type(self.model).__name__}: {listing(stacks)}"]
+        lines += [f"  not found: {'.'.join(loc)}: {text}" for loc, text in self.notes.gaps]
+        lines += [f"  look at: {'.'.join(loc)}: {text}" for loc, text in self.notes.remarks]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        def told(notes: list[tuple[tuple[str, ...], str]]) -> list[dict[str, str]]:
+            return [{"address": ".".join(loc), "message": text} for loc, text in notes]
+
+        return {
+            "interface": self.data,
+            "complete": self.is_complete,
+            "not_found": told(self.notes.gaps),
+            "look_at": told(self.notes.remarks),
+            "text": self.text,
+        }
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def draft(source: Any, *, inputs: Mapping[str, Any] | None = None, like: bool = True, seed: int = 0) -> Draft:
+    """Draft an interface from one forward pass of a tiny instance: no weights, no network.
+
+    Args:
+        source: a model, a config, a directory, a model type, or `module:function` that gives any module. Of a
+            model with a config a tiny copy is made; any other module is run as it is.
+        inputs: arguments of its forward by name; what is not given is found by trying.
+        like: compare with the known interfaces, and write only the differences to one that is near.
+    Raises: ConfigError: it cannot be built or run. ResolveError: nothing was found to describe.
+    """
+    return of_model(*tiny.build(source, seed=seed, given=inputs), like=like)
+
+
+def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) -> Draft:
+    """Draft an interface of a model as it is, which runs on these inputs."""
+    notes = Notes()
+    scene = Scene(model, inputs, observe(model, inputs))
+    found = columns(scene, notes)
+    if not found:
+        facts = f"{len(scene.seen.attentions)} computations of attention, none in a list of layers"
+        message = f"no column of layers with attention was seen in {type(model).__name__}"
+        raise ResolveError(Problem("nothing-to-draft", message, expected=facts))
+    data = _head(model)
+    data["stacks"] = {column.name: column.words(found) for column in found}
+    if "model_type" not in data:
+        heads = [path for column in found for path in column.heads()]
+        data |= {"heads": heads} if heads else {}
+    _verify(model, data, notes)
+    return Draft(data, notes, model, inputs)
+
+
+def _head(model: nn.Module) -> Words:
+    data: Words = {"adapterkit": 1}
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type:
+        data["model_type"] = model_type
+    module = type(model).__module__
+    if module.startswith("transformers."):
+        data["source"] = module.replace(".", "/") + ".py"
+    return data
+
+
+def _verify(model: nn.Module, data: Words, notes: Notes) -> None:
+    """Everything that the draft names must resolve; what does not is said."""
+    try:
+        resolve(model, registry.load(data))
+    except (SpecError, ResolveError) as error:
+        for problem in error.problems:
+            words = tuple(problem.address.split(".")) if problem.address else ()
+            notes.gap(words, f"[{problem.code}] {problem.message} {problem.expected}".strip())
