@@ -13,6 +13,7 @@ from torch import nn
 from adapterkit import composition, fusing, generating, merging, report, swapping
 from adapterkit.activation import programs
 from adapterkit.adapter import Adapter
+from adapterkit.averaging import average as averaging
 from adapterkit.composition import Fuse, Setup, names
 from adapterkit.errors import (
     ConfigError,
@@ -352,6 +353,45 @@ class Kit(Mapping[str, Adapter]):
         plan, draft = swapping.flat(adapter, self.blueprint)
         heads, poolers = self._members.kept(adapter)
         return self._install(plan, draft, heads, poolers, activate=False, trainable=adapter.trainable)
+
+    def average(
+        self,
+        adapters: Mapping[str, float] | Sequence[str],
+        *,
+        name: str,
+        strategy: averaging.Strategy = "linear",
+        normalize: bool = True,
+        rank: int | None = None,
+        density: float = 1.0,
+        seed: int | None = None,
+        head: Head_ = "auto",
+        activate: bool = False,
+        trainable: bool = False,
+        replace: bool = False,
+    ) -> Kit:
+        """Add the weighted average of adapters, an adapter like any other.
+
+        Args:
+            adapters: name -> weight, or names alone for equal weights.
+            strategy: `linear` and `svd` add up the changes of weights, `ties`, `dare` and `magnitude` what is
+                left of them; `negate_b` averages tensors, with the sign of a weight in the up-projection.
+                What is no change of a weight is averaged tensor by tensor, by `linear`.
+            normalize: divide the weights by their sum.
+            rank: of the result, for all strategies but `linear` and `negate_b`; None: as large as is exact.
+            density: the part of every change that `ties`, `dare` and `magnitude` keep.
+            seed: what `dare` drops.
+            head: average the task heads too.
+        Raises: ConfigError, PlanError: nothing is changed then.
+        """
+        self._refuse_merged("average")
+        self._check_name(name, replace)
+        how = averaging.how_of(strategy, rank, density, seed)
+        weights = averaging.weights_of(adapters)
+        weighted = [(self[child], weight) for child, weight in weights.items()]
+        content = averaging.average(weighted, self.blueprint, how, normalize=normalize, head=head)
+        has_heads = bool(content.heads) or not self.blueprint.heads
+        made = assemble(self.blueprint, content, name, "auto" if has_heads else False)
+        return self._install(made.plan, made.draft, made.heads, made.poolers, activate, trainable)
 
     # -- merging and leaving
 

@@ -48,6 +48,8 @@ class Unit(nn.Module, ABC):
     """A mean of what several such units give is the result of a mean."""
     undoes: ClassVar[bool] = False
     """Of several in a Stack the last comes first."""
+    signed: ClassVar[tuple[str, ...]] = ()
+    """Tensors of which the sign of the whole update can be turned; the others stay as they are then."""
     kernel: Kernel | None = None
     """The method of the host that computes attention, where the interface names one."""
     eager: str | None = None
@@ -65,6 +67,10 @@ class Unit(nn.Module, ABC):
 
     def refuses_merge(self) -> str | None:
         """Why the unit cannot be folded into the weight exactly, None if it can."""
+        return None
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """L (D_out, R), S (R, D_in), s of the update s L S before gate and magnitude; None: there is none."""
         return None
 
     @abstractmethod
@@ -111,6 +117,8 @@ class MethodConfig(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
     method: ClassVar[str]
+    passing: ClassVar[frozenset[str]] = frozenset({"targets", "locations", "layers", "leave_out", "dropout"})
+    """Options that say nothing about what the tensors at given slots mean once training is over."""
 
     @abstractmethod
     def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:

@@ -26,6 +26,7 @@ class BottleneckConfig(BranchConfig):
     """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247)."""
 
     method: ClassVar[str] = "bottleneck"
+    passing = BranchConfig.passing | {"init_weights", "stochastic_depth"}
 
     reduction_factor: float | dict[str, float] = Field(
         default=16.0, description="D / bottleneck width, one or for each layer ('encoder.3', 'default')"

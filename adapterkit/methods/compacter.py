@@ -20,6 +20,7 @@ class CompacterConfig(BottleneckConfig):
     """Compacter and Compacter++ (Mahabadi et al. 2021, arXiv:2106.04647)."""
 
     method: ClassVar[str] = "compacter"
+    passing = BottleneckConfig.passing | {"phm_init_range"}
 
     reduction_factor: float | dict[str, float] = Field(
         default=32.0, description="D / bottleneck width, one or for each layer ('encoder.3', 'default')"

@@ -53,7 +53,7 @@ class DVoRAConfig(VeRAConfig):
         return DVoRA(slot, self, shared)
 
 
-class _Magnitude(Unit):
+class Magnitude(Unit):
     """The part that DoRA and DVoRA have in common.
 
     y = g * (W x + D x) + b with g = m / ||W + D||, the norm of each row over the inputs; D is the low-rank
@@ -115,7 +115,7 @@ class _Magnitude(Unit):
         ), bias * gain if self.scale_bias and bias is not None else bias
 
 
-class DoRA(_Magnitude, LoRA):
+class DoRA(Magnitude, LoRA):
     """y = m / ||W + s B A|| * (W + s B A) x + b.
 
     Source: Liu et al. 2024, arXiv:2402.09353, eq. 5.
@@ -141,7 +141,7 @@ class DoRA(_Magnitude, LoRA):
         return self.adapt(out, self.low_rank(F.dropout(x, self.dropout)), host)
 
 
-class DVoRA(_Magnitude, VeRA):
+class DVoRA(Magnitude, VeRA):
     """y = m / ||W + D|| * (W + D) x + b with D = s diag(b) B diag(d) A.
 
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.5, with Kopiczko et al. 2024, eq. 2.
@@ -153,8 +153,7 @@ class DVoRA(_Magnitude, VeRA):
         self.decompose(slot, config.norm_scaled, config.scale_bias)
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
-        a, b = (matrix.to(dtype) for matrix in self.matrices())
-        return self.b.to(dtype)[:, None] * b * self.d.to(dtype), a, self.scaling
+        return VeRA.factors(self, dtype)
 
     def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         return self.adapt(out, self.low_rank(self.dropped(x)), host)

@@ -55,7 +55,7 @@ class IA3Config(SlotConfig):
         return kind(slot, self, generator)
 
 
-class _Scale(Unit):
+class Scale(Unit):
     """A learned vector; ones at first, so that the output is unchanged."""
 
     def __init__(self, slot: Slot, config: IA3Config, generator: torch.Generator | None) -> None:
@@ -78,7 +78,7 @@ class _Scale(Unit):
         return "its gate depends on the input" if self.gate is not None else None
 
 
-class ScaleInput(_Scale):
+class ScaleInput(Scale):
     """Scale what a linear map reads: y = W (l * x) + b.
 
     Source: Liu et al. 2022, arXiv:2205.05638, section 3.3: the input of the second matrix of the MLP.
@@ -96,7 +96,7 @@ class ScaleInput(_Scale):
         return weight * (self.scale.to(weight.dtype) * self.alpha), bias
 
 
-class ScaleOutput(_Scale):
+class ScaleOutput(Scale):
     """Scale what a linear map gives, bias included: y = l * (W x + b).
 
     Source: Liu et al. 2022, arXiv:2205.05638, section 3.3: keys and values.

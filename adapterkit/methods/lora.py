@@ -103,6 +103,8 @@ class LoRA(Unit):
     Shapes: x (..., D_in) -> (..., D_out); A (R, D_in), B (D_out, R).
     """
 
+    signed = ("B", "B0")
+
     def __init__(self, slot: Slot, config: LoRAConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         d_out, d_in = slot.shape or (0, 0)
@@ -169,6 +171,13 @@ class LoRA(Unit):
 
     def refuses_merge(self) -> str | None:
         return "its gate depends on the input" if self.gate is not None else None
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        left, right = self.B.to(dtype), self.A.to(dtype)
+        if self.A0 is not None and self.B0 is not None:
+            left = torch.cat([left, -self.B0.to(dtype)], dim=1)
+            right = torch.cat([right, self.A0.to(dtype)])
+        return left, right, self.scaling
 
     def delta(self, dtype: torch.dtype) -> torch.Tensor:
         """(D_out, D_in): what the unit adds to the weight."""

@@ -43,6 +43,7 @@ class MTLLoRA(Unit):
     """
 
     per_position = True
+    signed = ("B",)
 
     def __init__(self, slot: Slot, config: MTLLoRAConfig, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -62,10 +63,15 @@ class MTLLoRA(Unit):
         else:
             self.register_buffer("w", torch.zeros(1))  # the softmax of one number is 1, whatever the number
 
-    def up(self) -> torch.Tensor:
-        """The mixed up-projection (D_out, R)."""
-        mix = torch.softmax(self.w / self.sharpness, dim=0)
-        return torch.einsum("k,kor->or", mix, self.B)
+    def up(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The mixed up-projection (D_out, R), in `dtype` or its own."""
+        dtype = dtype or self.B.dtype
+        mix = torch.softmax(self.w.to(dtype) / self.sharpness, dim=0)
+        return torch.einsum("k,kor->or", mix, self.B.to(dtype))
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        own = torch.diag(self.L) if self.L.ndim == 1 else self.L
+        return self.up(dtype), own.to(dtype) @ self.A.to(dtype), self.scaling
 
     def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         x = x.to(self.A.dtype) if not torch.is_autocast_enabled(x.device.type) else x
@@ -78,7 +84,5 @@ class MTLLoRA(Unit):
     def merged(
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        own = torch.diag(self.L) if self.L.ndim == 1 else self.L
-        mix = torch.softmax(self.w.to(weight.dtype) / self.sharpness, dim=0)
-        up = torch.einsum("k,kor->or", mix, self.B.to(weight.dtype))
-        return weight + up @ own.to(weight.dtype) @ self.A.to(weight.dtype) * self.scaling, bias
+        left, right, scaling = self.factors(weight.dtype)
+        return weight + left @ right * scaling, bias

@@ -27,6 +27,7 @@ class PromptTuningConfig(MethodConfig):
     """Prompt tuning (Lester et al. 2021, arXiv:2104.08691)."""
 
     method: ClassVar[str] = "prompt_tuning"
+    passing = MethodConfig.passing | {"init", "random_uniform_scale", "init_text_ids", "stacks"}
 
     prompt_length: int = Field(default=10, ge=1, description="number P of trained vectors")
     position: Literal["before", "after_first"] = Field(

@@ -109,6 +109,14 @@ class SharedUnion(Shared):
         super().__init__()
         self.members = nn.ModuleDict(dict(members))
 
+    def of(self, index: int) -> Shared | None:
+        """What the units of one member use together."""
+        if str(index) not in self.members:
+            return None
+        found = self.members[str(index)]
+        assert isinstance(found, Shared)
+        return found
+
     def requires_grad_(self, requires_grad: bool = True) -> SharedUnion:
         for member in self.members.values():
             member.requires_grad_(requires_grad and getattr(member, "trained", True))

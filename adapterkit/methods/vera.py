@@ -23,6 +23,7 @@ class VeRAConfig(SlotConfig):
     """Vector-based random matrix adaptation (Kopiczko et al. 2024, arXiv:2310.11454)."""
 
     method: ClassVar[str] = "vera"
+    passing = SlotConfig.passing | {"d_initial"}
 
     r: int = Field(default=256, ge=1, description="rank R of the shared matrices")
     alpha: float | None = Field(default=None, description="scale alpha / R; None: 1, as in the paper")
@@ -75,6 +76,7 @@ class VeRA(Unit):
     """
 
     per_position = True
+    signed = ("b",)
 
     def __init__(self, slot: Slot, config: VeRAConfig, shared: Shared | None) -> None:
         super().__init__()
@@ -111,10 +113,14 @@ class VeRA(Unit):
     def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         return add_rows(out, self.low_rank(self.dropped(x)), self.rows, self.in_place)
 
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        a, b = (matrix.to(dtype) for matrix in self.matrices())
+        return self.b.to(dtype)[:, None] * b * self.d.to(dtype), a, self.scaling
+
     def delta(self, dtype: torch.dtype) -> torch.Tensor:
         """(D_out, D_in): what the unit adds to the weight."""
-        a, b = (matrix.to(dtype) for matrix in self.matrices())
-        return (self.b.to(dtype)[:, None] * b * self.d.to(dtype)) @ a * self.scaling
+        left, right, scaling = self.factors(dtype)
+        return left @ right * scaling
 
     def merged(
         self, weight: torch.Tensor, bias: torch.Tensor | None
