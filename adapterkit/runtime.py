@@ -72,6 +72,8 @@ Programs = Mapping[str, Program]
 class Record:
     """What was asked to be kept of the forward passes of one thread, by address."""
 
+    gates: dict[str, list[Any]] = field(default_factory=dict)
+    """What each gate let through: (B,) for each pass."""
     fusion: dict[str, list[Any]] = field(default_factory=dict)
     """Weights of the adapters at each fusion: (B, T, N) for each pass."""
 

@@ -13,6 +13,7 @@ from adapterkit.inject import entry
 from adapterkit.inject.site import CHILD, Site, check, check_unwrapped, close_site, open_site, site_of
 from adapterkit.inject.state import slug
 from adapterkit.methods.base import Helper, Unit
+from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.planning import Draft, Plan
 from adapterkit.runtime import Runtime
@@ -127,6 +128,7 @@ def inject(
                 raise PlanError(Problem("name-clash", message, address, "another name"))
             module.train(host.training)
             site._modules[key] = module
+            _watch_gates(module, address.partition(":")[2] or address, runtime)
             done.hosts[path] = host
             done.entries.append((path, key))
             done.by_address[address] = (path, key)
@@ -148,6 +150,14 @@ def inject(
             close_site(host, path)
         raise  # helpers that others use too may stay: they do nothing by themselves
     return done
+
+
+def _watch_gates(unit: nn.Module, address: str, runtime: Runtime) -> None:
+    """Let the gates of a unit say what they let through, under its address."""
+    gates = {path: module for path, module in unit.named_modules() if isinstance(module, Gate)}
+    for path, gate in gates.items():
+        gate.label = address if len(gates) == 1 else f"{address}.{path}"
+        gate.runtime = runtime
 
 
 def open_entries(blueprint: Blueprint, runtime: Runtime) -> dict[str, nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +206,14 @@ class Gate(nn.Module):
         super().__init__()
         self.weight = uniform((1, d_in), d_in, generator)
         self.bias = uniform((1,), d_in, generator)
+        self.label = ""
+        self.runtime: Any = None
+        """Where the scores are kept if someone asks for them, and under which name; set in a model."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores = torch.sigmoid(F.linear(x, self.weight, self.bias))
-        return scores.mean(dim=1, keepdim=True) if scores.ndim > 2 else scores
+        gate = scores.mean(dim=1, keepdim=True) if scores.ndim > 2 else scores
+        record = None if self.runtime is None else self.runtime.override.record
+        if record is not None:
+            record.gates.setdefault(self.label, []).append(gate.detach().flatten())
+        return gate

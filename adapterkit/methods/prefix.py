@@ -142,8 +142,8 @@ class PrefixUnit(Unmergeable):
         if self.training and self.dropout:
             key, value = F.dropout(key, self.dropout), F.dropout(value, self.dropout)
         if self.gates is not None:
-            first, last = (gate(x)[..., None] for gate in (self.gates[0], self.gates[-1]))
-            key, value = key * first, value * last
+            scores = [gate(x)[..., None] for gate in self.gates]
+            key, value = key * scores[0], value * scores[-1]
         return key, value
 
 
