@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from adapterkit import composition, fusing, generating, merging, report, swapping
+from adapterkit import composition, fusing, generating, merging, report, sharing, swapping
 from adapterkit.activation import programs
 from adapterkit.adapter import Adapter
 from adapterkit.averaging import average as averaging
@@ -57,6 +57,7 @@ class Kit(Mapping[str, Adapter]):
         self._entries = self._members.entries
         self._active: Setup | None = None
         self._skipped: Layers = ()
+        self._groups = self._members.groups
         self._originals: merging.Originals | None = None
 
     # -- the mapping
@@ -160,6 +161,8 @@ class Kit(Mapping[str, Adapter]):
         made = [assemble(self.blueprint, content, name or content.name, head) for content in contents]
         for new in made:
             self._install(new.plan, new.draft, new.heads, new.poolers, activate, trainable)
+        for group in sharing.groups_in(contents):
+            self.share(*group)
         return self
 
     def _install(
@@ -295,14 +298,41 @@ class Kit(Mapping[str, Adapter]):
     def _require_grad(self, names: tuple[str, ...], wanted: bool) -> Kit:
         for adapter in [self[name] for name in names or tuple(self)]:
             adapter.require_grad(wanted)
+        for group in self._groups.names:
+            sharing.require_grad([self[name] for name in group])
+        return self
+
+    # -- sharing
+
+    def share(self, *names: str) -> Kit:
+        """Let adapters have tensors in common, those of the first; heads stay their own.
+
+        MTL-LoRA has A and B in common, and the task's own matrix and mixture for itself; all other methods
+        share everything. Make the optimizer after this: parameters are replaced.
+        Raises: PlanError: they are of other methods, slots or shapes.
+        """
+        self._refuse_merged("share")
+        sharing.share(self._groups, names, self, self.blueprint)
+        return self
+
+    @property
+    def shared(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the adapters that have tensors in common, group by group."""
+        return self._groups.names
+
+    def unshare(self, *names: str) -> Kit:
+        """Give adapters (default: all that share) tensors of their own again, with the same numbers."""
+        self._refuse_merged("unshare")
+        sharing.unshare(self._groups, names, self, self.blueprint)
         return self
 
     def to(
         self, name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Kit:
-        """Move the tensors of one adapter."""
-        for module in self[name].modules().values():
-            module.to(device=device, dtype=dtype)
+        """Move the tensors of one adapter, and of those with which it shares some."""
+        for member in self._groups.of(self[name].name):
+            for module in self[member].modules().values():
+                module.to(device=device, dtype=dtype)
         return self
 
     # -- fusion
@@ -350,6 +380,7 @@ class Kit(Mapping[str, Adapter]):
         Raises: PlanError: the adapter has no prefix that is not flat.
         """
         adapter = self[name]
+        self._groups.refuse_shared(name, "eject")
         plan, draft = swapping.flat(adapter, self.blueprint)
         heads, poolers = self._members.kept(adapter)
         return self._install(plan, draft, heads, poolers, activate=False, trainable=adapter.trainable)
@@ -498,6 +529,7 @@ class Kit(Mapping[str, Adapter]):
         )
         if len(found) != 1:
             raise ConfigError(Problem("several-adapters", f"the file holds {len(found)} adapters", "source"))
+        self._groups.refuse_shared(name, "swap")
         swapping.swap(self[name], found[0])
         return self
 

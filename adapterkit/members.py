@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from adapterkit import fusing
+from adapterkit import fusing, sharing
 from adapterkit.adapter import Adapter
 from adapterkit.files import manifest
 from adapterkit.inject import entry
 from adapterkit.inject.batch import Inputs
 from adapterkit.inject.injector import close_entries, eject, inject, open_entries
 from adapterkit.inject.site import check_unwrapped
-from adapterkit.inject.state import place_tensors
+from adapterkit.inject.state import part_tensors, place_tensors
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import named_parameters
 from adapterkit.runtime import Runtime
@@ -30,6 +30,7 @@ class Members:
         self.blueprint = blueprint
         self.owner = owner
         self.adapters: dict[str, Adapter] = {}
+        self.groups = sharing.Groups()
         self.runtime = Runtime()
         self.top = entry.Top(self.runtime, Inputs(blueprint))
         self.entries: dict[str, nn.Module] = {}
@@ -69,6 +70,7 @@ class Members:
         others = (other.injection for other in self.adapters.values() if other is not adapter)
         eject(adapter.injection, others, self.top)
         self.adapters.pop(adapter.name, None)
+        self.groups.leave(adapter.name)
         self.top.attend(self.model)
 
     def take_all(self) -> None:
@@ -99,6 +101,8 @@ class Members:
         self._hooks = [
             self.model.register_load_state_dict_pre_hook(place_tensors),
             self.model.register_state_dict_pre_hook(_refuse_merged_state),
+            self.model.register_state_dict_post_hook(_part_shared),
+            self.model.register_load_state_dict_post_hook(_tie_again),
         ]
         self.model.__dict__[ATTRIBUTE] = self.owner
 
@@ -123,3 +127,17 @@ def _refuse_merged_state(model: nn.Module, prefix: str, keep_vars: bool) -> None
     kit = model.__dict__.get(ATTRIBUTE)
     if kit is not None:
         kit._refuse_merged("state_dict")
+
+
+def _part_shared(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State-dict post-hook: what adapters have in common is there once for each of them."""
+    kit = model.__dict__.get(ATTRIBUTE)
+    if kit is not None and kit.shared:
+        part_tensors(model, state_dict, prefix)
+
+
+def _tie_again(model: nn.Module, keys: Any) -> None:
+    """Load-state-dict post-hook: with `assign=True` every key has got a tensor of its own."""
+    kit: Any = model.__dict__.get(ATTRIBUTE)
+    for group in kit.shared if kit is not None else ():
+        sharing.tie([kit[name] for name in group])

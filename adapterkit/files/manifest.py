@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,13 @@ def describe(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
     }
 
 
-def write(plan: Plan, blueprint: Blueprint) -> torch.Tensor:
-    """The manifest of an adapter as a uint8 tensor."""
-    return to_buffer(json.dumps(describe(plan, blueprint), separators=(",", ":")))
+def write(plan: Plan, blueprint: Blueprint, shares: Sequence[str] = ()) -> torch.Tensor:
+    """The manifest of an adapter as a uint8 tensor.
+
+    Args: shares: adapters with which it has tensors in common, so that a checkpoint may lack its own.
+    """
+    data = {**describe(plan, blueprint), "shares": list(shares)}
+    return to_buffer(json.dumps(data, separators=(",", ":")))
 
 
 def check_version(data: Mapping[str, Any], file: str) -> None:

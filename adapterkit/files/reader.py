@@ -13,7 +13,7 @@ from adapterkit.errors import FileFormatError, Problem, listing
 from adapterkit.files import adapterhub, manifest, native, peft
 from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors
-from adapterkit.inject.state import is_manifest, strip
+from adapterkit.inject.state import is_manifest, slug, strip
 from adapterkit.model.blueprint import Blueprint
 
 _CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")
@@ -129,6 +129,13 @@ def checkpoint(tensors: Mapping[str, torch.Tensor], source: str) -> list[Content
             for part, value in parts.items():
                 if part.startswith(f"{prefix}."):
                     own[f"{address}.{part.removeprefix(f'{prefix}.')}"] = value
+        for other in data.get("shares", ()):
+            # a tensor that several adapters have in common may be there once
+            for address in (*data["slots"], "shared"):
+                prefix = slug(str(other), address)
+                for part, value in parts.items():
+                    if part.startswith(f"{prefix}."):
+                        own.setdefault(f"{address}.{part.removeprefix(f'{prefix}.')}", value)
         contents.append(native.to_content(data, own, source))
     if not contents:
         raise FileFormatError(
@@ -139,8 +146,6 @@ def checkpoint(tensors: Mapping[str, torch.Tensor], source: str) -> list[Content
 
 def _addresses(data: Mapping[str, Any]) -> dict[str, str]:
     """Address -> what its tensors are called in a state dict."""
-    from adapterkit.inject.state import slug
-
     addresses = [
         *data["slots"],
         "shared",

@@ -7,7 +7,7 @@ unique in the model, so that a tensor finds its place by it alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -58,17 +58,56 @@ def place_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *r
     """
     given = {part: key for key in state_dict if key.startswith(prefix) and (part := suffix(key)) is not None}
     own = own_tensors(module)
+    found = {part: state_dict[key] for part, key in given.items() if not is_manifest(part)}
     if given:
-        _compare({p for p in given if not is_manifest(p)}, {p for p in own if not is_manifest(p)})
+        found |= _in_common(found, own)
+        _compare(found.keys(), {p for p in own if not is_manifest(p)})
+    for key in given.values():
+        del state_dict[key]
     for part, (key, tensor) in own.items():
-        old = given.pop(part, None)
-        value = state_dict.pop(old) if old is not None else tensor
-        state_dict[prefix + key] = tensor if is_manifest(part) else value
-    for old in given.values():  # manifests of another version of an adapter
-        del state_dict[old]
+        state_dict[prefix + key] = found.get(part, tensor)
 
 
-def _compare(given: set[str], own: set[str]) -> None:
+def _in_common(
+    given: Mapping[str, torch.Tensor], own: Mapping[str, tuple[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """One value for every tensor that several adapters have in common; a checkpoint may hold it once.
+
+    Raises: FileFormatError: the checkpoint has several values for it.
+    """
+    found: dict[str, torch.Tensor] = {}
+    problems = []
+    for parts in _groups(own):
+        values = [given[part] for part in parts if part in given]
+        if any(not torch.equal(values[0], value) for value in values[1:]):
+            message = f"the checkpoint has several values for {listing(parts)}, one tensor here"
+            problems.append(Problem("not-shared", message, expected="kit.unshare() first"))
+        found |= dict.fromkeys(parts, values[0]) if values else {}
+    if problems:
+        raise FileFormatError(problems)
+    return found
+
+
+def _groups(own: Mapping[str, tuple[str, torch.Tensor]]) -> list[list[str]]:
+    """Suffixes of one and the same parameter, where it has several."""
+    groups: dict[int, list[str]] = {}
+    for part, (_, tensor) in own.items():
+        if isinstance(tensor, nn.Parameter):
+            groups.setdefault(id(tensor), []).append(part)
+    return [parts for parts in groups.values() if len(parts) > 1]
+
+
+def part_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give every key of a tensor in common but the first a copy: libraries refuse to save a tensor twice."""
+    own = own_tensors(model)
+    for _, *others in _groups(own):
+        for part in others:
+            key = prefix + own[part][0]
+            if key in state_dict and not isinstance(state_dict[key], nn.Parameter):
+                state_dict[key] = state_dict[key].clone()
+
+
+def _compare(given: Set[str], own: Set[str]) -> None:
     if given == own:
         return
     problems = []

@@ -65,6 +65,9 @@ class Unit(nn.Module, ABC):
         """The branch of which it may leave more than its output, see methods/flow.py."""
         return None
 
+    common: ClassVar[tuple[str, ...] | None] = None
+    """Tensors that adapters which share have in common; None: all of them."""
+
     def refuses_merge(self) -> str | None:
         """Why the unit cannot be folded into the weight exactly, None if it can."""
         return None

@@ -44,6 +44,7 @@ class MTLLoRA(Unit):
 
     per_position = True
     signed = ("B",)
+    common = ("A", "B")
 
     def __init__(self, slot: Slot, config: MTLLoRAConfig, generator: torch.Generator | None) -> None:
         super().__init__()
