@@ -10,7 +10,7 @@ from torch import nn
 
 from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
 from adapterkit.files.content import Content
-from adapterkit.inject.injector import copy_head, device_of, dtype_of
+from adapterkit.inject.injector import copy_head, device_of
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.planning import Draft, Plan, build, choose, describe
@@ -37,7 +37,7 @@ def assemble(blueprint: Blueprint, content: Content, name: str, head: bool | str
         draft = build(content.config, own, None)
     heads = check_heads(blueprint, content, head)
     plan = describe(blueprint, content.config, name, Selection(own), heads, draft)
-    fill(plan, draft, content)
+    fill(plan, draft, content, blueprint.model)
     copies = {found: filled_head(copy_head(found.module), found, content) for found in heads}
     poolers = filled_poolers(blueprint, content) if head is not False else {}
     return Assembled(plan, draft, copies, poolers)
@@ -104,13 +104,12 @@ def check_heads(blueprint: Blueprint, content: Content, head: bool | str) -> tup
 _HEAD = "the class of model that the adapter was trained with, or head=False"
 
 
-def fill(plan: Plan, draft: Draft, content: Content) -> None:
+def fill(plan: Plan, draft: Draft, content: Content, model: nn.Module) -> None:
     """Give the units of a plan (on the meta device) their hosts' device and the file's tensors.
 
     Raises: FileFormatError: with every tensor that is unknown, missing or of another shape.
     """
-    hosts = {slot.address: slot.module for slot in plan.slots}
-    hosts["shared"] = plan.slots[0].module
+    hosts = {slot.address: slot for slot in plan.slots} | {"shared": plan.slots[0]}
     wanted = {
         f"{address}.{key}": (module, key, value)
         for address, module in draft.modules().items()
@@ -126,8 +125,8 @@ def fill(plan: Plan, draft: Draft, content: Content) -> None:
         if not own:
             continue
         dtype = next(iter(own.values())).dtype
-        module.to_empty(device=device_of(hosts[address]))
-        module.to(dtype if dtype.is_floating_point else dtype_of(hosts[address], nn.Module(), "float32"))
+        module.to_empty(device=device_of(hosts[address], model))
+        module.to(dtype if dtype.is_floating_point else torch.float32)
         module.load_state_dict(own)
 
 

@@ -19,17 +19,33 @@ from adapterkit.planning import Draft, Plan
 from adapterkit.runtime import Runtime
 
 
-def device_of(host: nn.Module) -> torch.device:
-    """Where the units of a host belong: with its weight, or where accelerate runs it if that is offloaded."""
-    tensor = next(host.parameters(recurse=False), None)
-    if tensor is None:
-        tensor = next(host.parameters(), None)
-    if tensor is None:
-        return torch.device("cpu")
-    hook = host.__dict__.get("_hf_hook")
-    if tensor.is_meta and hook is not None:
-        return torch.device(getattr(hook, "execution_device", "cpu") or "cpu")
-    return tensor.device
+def device_of(place: Slot | Head, model: nn.Module) -> torch.device:
+    """Where the units of a host belong: with its weight, or where accelerate runs it if that is offloaded.
+
+    A host without tensors, such as a dropout, is where the nearest module around it has some.
+    """
+    path, module = place.path, place.module
+    while True:
+        found = _first_tensor(module)
+        if found is not None:
+            owner, tensor = found
+            hook = owner.__dict__.get("_hf_hook")
+            if tensor.is_meta and hook is not None:
+                return torch.device(getattr(hook, "execution_device", "cpu") or "cpu")
+            return tensor.device
+        if not path:
+            return torch.device("cpu")
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+
+
+def _first_tensor(module: nn.Module) -> tuple[nn.Module, nn.Parameter] | None:
+    """The first parameter of a module with the module that holds it, adapters aside."""
+    own = next(module.parameters(recurse=False), None)
+    if own is not None:
+        return module, own
+    below = (_first_tensor(child) for name, child in module.named_children() if name != CHILD)
+    return next((found for found in below if found is not None), None)
 
 
 def dtype_of(host: nn.Module, model: nn.Module, policy: str | torch.dtype) -> torch.dtype:
@@ -58,9 +74,10 @@ def move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 def cast(plan: Plan, draft: Draft, model: nn.Module, dtype: str | torch.dtype) -> None:
     """Units to the device and type of their hosts."""
-    hosts = {slot.address: slot.module for slot in plan.slots} | {"shared": plan.slots[0].module}
+    hosts = {slot.address: slot for slot in plan.slots} | {"shared": plan.slots[0]}
     for address, module in draft.modules().items():
-        move(module, device_of(hosts[address]), dtype_of(hosts[address], model, dtype))
+        host = hosts[address]
+        move(module, device_of(host, model), dtype_of(host.module, model, dtype))
 
 
 def copy_head(module: nn.Module) -> nn.Module:
@@ -142,7 +159,8 @@ def inject(
             done.hosts[path] = host
         first = site_of(plan[0][1])
         assert first is not None
-        first.register_buffer(slug(name, "manifest"), manifest.to(device_of(plan[0][1])))
+        beside = next((t for module in modules.values() for t in module.parameters()), manifest)
+        first.register_buffer(slug(name, "manifest"), manifest.to(beside.device))
     except BaseException:
         for path, key in done.entries:
             _site(done.hosts[path])._modules.pop(key, None)

@@ -31,7 +31,7 @@ def move(kit: ak.Kit, name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(100 + seed)
     for parameter in kit[name].parameters():
         if parameter.requires_grad:
-            parameter.add_((0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+            parameter.add_((0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter))
 
 
 @torch.no_grad()

@@ -289,3 +289,10 @@ def test_detach_gives_back_the_flags_of_the_last_attach() -> None:
     some = trained(model)
     kit.attach("lora").detach()
     assert trained(model) == some
+
+
+@pytest.mark.parametrize("method", ["lora", "seq_bn", "par_bn", "prefix_tuning", "prompt_tuning", "loreft"])
+def test_units_are_on_the_device_of_what_they_stand_beside(method: str) -> None:
+    """A branch often ends in a dropout, which has no tensor of its own. The meta device stands for a GPU."""
+    kit = ak.attach(tiny.build("bert").to("meta"), method)
+    assert {parameter.device.type for parameter in kit["default"].parameters()} == {"meta"}
