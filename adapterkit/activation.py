@@ -25,9 +25,10 @@ from adapterkit.composition import (
 from adapterkit.composition.rules import blocks
 from adapterkit.errors import CompositionError, NotAttachedError, Problem
 from adapterkit.inject import entry, lanes
-from adapterkit.meaning import refuse_undefined
+from adapterkit.meaning import refuse_undefined, refuse_uneven
 from adapterkit.methods.base import Unit
 from adapterkit.methods.fusion import FusionConfig
+from adapterkit.methods.prompt import Prompt
 from adapterkit.methods.targets import Layers, chosen_layers
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.runtime import Batch, Lanes, Program, Programs, Step
@@ -64,6 +65,7 @@ def programs(
     kept = chosen_layers(blueprint, None, skip_layers) if skip_layers else None
     compiler = _Compiler(adapters, kept)
     steps = compiler.steps(setup)
+    compiler.refuse_scattered(steps)
     for place, keys in compiler.helpers(setup).items():
         steps[place] = (*steps.get(place, ()), *keys)
     found: dict[str, Program] = {path: Program(before=entry.KEY) for path in entries}
@@ -160,6 +162,19 @@ class _Compiler:
                 found[place] = (*steps, *before) if self._undoes(place, steps) else (*before, *steps)
         return found
 
+    def _prompts(self, place: Place, steps: Iterable[Step]) -> list[tuple[Prompt, Slot]]:
+        return [(u, slot) for u, slot in self._within(place, steps) if isinstance(u, Prompt)]
+
+    def _positions(self, place: Place, steps: Iterable[Step]) -> int:
+        """How many positions prompts take; the lanes of a block take the same number."""
+        total = 0
+        for step in steps:
+            if isinstance(step, Lanes):
+                total += self._positions(place, step.lanes[0])
+            else:
+                total += sum(len(prompt.embeds) for prompt, _ in self._prompts(place, (step,)))
+        return total
+
     def _undoes(self, place: Place, steps: Sequence[Step]) -> bool:
         return any(unit.undoes for unit, _ in self._within(place, steps))
 
@@ -187,7 +202,10 @@ class _Compiler:
             if not always and kind not in lanes.INDEX and _alike(kind, own, numbers):
                 found[place] = own[0]  # all lanes do the same
                 continue
-            refuse_undefined(block, list(self._within(place, (Lanes(kind, own),))), own)
+            refuse_undefined(block, self._within(place, (Lanes(kind, own),)))
+            if place.acts_on == "held":
+                lengths = [self._positions(place, lane) for lane in own]
+                refuse_uneven(self._prompts(place, (Lanes(kind, own),)), lengths)
             found[place] = tuple(self._lane(place, kind, lane, numbers) for lane in _apart(kind, own))
         return found
 
@@ -200,6 +218,14 @@ class _Compiler:
         reads += [key for step in inner for key in (*step.reads, lanes.INDEX.get(step.kind)) if key]
         leaves = [unit.leaves for unit in units if unit.leaves]
         return Lanes(kind, own, numbers, tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(leaves)))
+
+    def refuse_scattered(self, steps: Steps) -> None:
+        """Refuse prompts of one stack that are kept at different modules.
+
+        Raises: CompositionError.
+        """
+        held = (place for place in steps if place.acts_on == "held")
+        refuse_uneven([found for place in held for found in self._prompts(place, steps[place])])
 
     # -- helpers and heads
 

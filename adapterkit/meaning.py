@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from adapterkit.composition import Average, Block, Split
 from adapterkit.errors import CompositionError, Problem
@@ -12,12 +11,9 @@ from adapterkit.methods.prompt import Prompt
 from adapterkit.model.blueprint import Slot
 
 
-def refuse_undefined(
-    block: Block, units: Sequence[tuple[Unit, Slot]], lanes: Sequence[tuple[Any, ...]]
-) -> None:
+def refuse_undefined(block: Block, units: Iterable[tuple[Unit, Slot]]) -> None:
     """Refuse units for which a block has no meaning at a place.
 
-    Args: units: all of the lanes. lanes: their steps.
     Raises: CompositionError.
     """
     problems = []
@@ -25,13 +21,22 @@ def refuse_undefined(
         problem = _problem(block, unit, slot)
         if problem is not None:
             problems.append(problem)
-    prompts = [unit for unit, _ in units if isinstance(unit, Prompt)]
-    if prompts and (len({(len(p.embeds), p.offset) for p in prompts}) > 1 or not all(lanes)):
-        word = type(block).__name__
-        message = f"{word}: all examples get a prompt of the same length at the same place, or none does"
-        problems.append(Problem("uneven-prompts", message, units[0][1].address))
     if problems:
         raise CompositionError(problems)
+
+
+def refuse_uneven(prompts: Iterable[tuple[Prompt, Slot]], lengths: Sequence[int] = ()) -> None:
+    """Refuse prompts that cannot be put into one batch together.
+
+    Args: lengths: positions that each lane of a block takes.
+    Raises: CompositionError.
+    """
+    found: dict[str, Prompt] = {}
+    for prompt, slot in prompts:
+        other = found.setdefault(prompt.stack, prompt)
+        if other.place != prompt.place or len(set(lengths)) > 1:
+            message = "prompts that act together have one place, and as many positions for each example"
+            raise CompositionError(Problem("uneven-prompts", message, slot.address))
 
 
 def _problem(block: Block, unit: Unit, slot: Slot) -> Problem | None:

@@ -110,7 +110,7 @@ class Mask(Cut):
         self.lanes = lanes
 
     def empty(self, lane: int) -> bool:
-        return False
+        return lane == self.lanes  # what is left as it is has nothing to compute
 
     def take(self, lane: int, tensor: T) -> T:
         return tensor.clone()

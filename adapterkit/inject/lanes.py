@@ -101,6 +101,54 @@ def _kernel(step: Lanes, x: T, host: Any) -> State | None:
     return key, value, cut.join(seen) if seen else None
 
 
+def prompt(steps: Sequence[Step], stack: str, x: T, host: Any) -> T | None:
+    """The vectors (1 or B, P, D) that the prompts of a stack put among embedded tokens x (B, T, D)."""
+    found, units = [], host.adapterkit._modules
+    for step in steps:
+        own: T | None
+        if not isinstance(step, str):
+            own = _prompt(step, stack, x, host)
+        else:
+            own = units[step].embeds[None] if units[step].stack == stack else None
+        if own is not None:
+            found.append(own)
+    rows = max((own.shape[0] for own in found), default=1)
+    return torch.cat([own.expand(rows, -1, -1) for own in found], dim=1) if found else None
+
+
+def _prompt(step: Lanes, stack: str, x: T, host: Any) -> T | None:
+    if not prompt_length((step,), stack, host):
+        return None
+    cut = cut_of(step, x, host)
+    parts: list[T | None] = []
+    for lane, own in enumerate(step.lanes):
+        part = cut.part(lane, x)
+        with _Read(step, host.adapterkit.runtime.override.flow, cut, lane):
+            vectors = prompt(own, stack, part, host)
+        parts.append(None if vectors is None else vectors.expand(part.shape[0], -1, -1))
+    if step.kind in INDEX:
+        if not cut.empty(len(step.lanes)):
+            message = "some examples take no adapter, but all of one batch have a prompt, or none has"
+            raise CompositionError(Problem("uneven-prompts", message, host.adapterkit.key))
+        parts.append(parts[0] if isinstance(cut, cuts.Mask) else _nothing(parts[0]))
+    return cut.join([part for part in parts if part is not None])
+
+
+def _nothing(part: T | None) -> T | None:
+    return None if part is None else part[:0]
+
+
+def prompt_length(steps: Sequence[Step], stack: str, host: Any) -> int:
+    """How many positions the prompts of a stack take; the lanes of a block take the same number."""
+    total, units = 0, host.adapterkit._modules
+    for step in steps:
+        if not isinstance(step, str):
+            total += prompt_length(step.lanes[0], stack, host)
+        elif units[step].stack == stack:
+            total += int(units[step].embeds.shape[0])
+    return total
+
+
 def _outputs(step: Lanes, out: T, x: Any, host: Any) -> T:
     whole = grouped(step, out, x, host, lambda: index_of(step, out, host))
     if whole is not None:

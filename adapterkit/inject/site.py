@@ -12,12 +12,13 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
 from adapterkit.inject import attention, lanes
 from adapterkit.inject.lanes import Seen
-from adapterkit.runtime import Program, Runtime
+from adapterkit.runtime import Program, Runtime, Step
 from adapterkit.spec.schema import Kernel
 
 CHILD = "adapterkit"
@@ -34,6 +35,26 @@ class Site(nn.Module):
 
     def forward(self) -> None:
         raise NotImplementedError("a site is run by its host")
+
+    @property
+    def adapterkit(self) -> Site:
+        """The site, as what runs lanes looks for it."""
+        return self
+
+    @property
+    def held(self) -> tuple[Step, ...]:
+        """Steps that wait here until something elsewhere asks for them."""
+        override = self.runtime.override.programs
+        program = self.program if override is None else override.get(self.key)
+        return program.held if program is not None else ()
+
+    def prompt(self, stack: str, x: torch.Tensor) -> torch.Tensor | None:
+        """The vectors (1 or B, P, D) that wait here for the embedded tokens x (B, T, D) of a stack."""
+        return lanes.prompt(self.held, stack, x, self)
+
+    def prompt_length(self, stack: str) -> int:
+        """P, the same for every example."""
+        return lanes.prompt_length(self.held, stack, self)
 
 
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:

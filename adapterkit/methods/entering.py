@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
-from adapterkit.methods.flow import Flow, base_forward, entry_place, flow_of, given_arguments
+from adapterkit.methods.flow import (
+    Flow,
+    base_forward,
+    entry_place,
+    first,
+    flow_of,
+    given_arguments,
+    with_first,
+)
 from adapterkit.methods.positions import Span, insert, key, shifted, start
 from adapterkit.model.blueprint import Blueprint, Slot, StackInfo
 
@@ -32,13 +40,50 @@ def embeds_at(blueprint: Blueprint, stack: str) -> Slot | None:
     return out if out is not None and takes(out.module, EMBEDS) else None
 
 
-def held(module: Any, stack: str) -> Any:
-    """The unit that waits at a module to be called for a stack, None if there is none."""
-    site = module.adapterkit
-    override = site.runtime.override.programs
-    program = site.program if override is None else override.get(site.key)
-    units = (site._modules[name] for name in (program.held if program is not None else ()))
-    return next((unit for unit in units if unit.stack == stack), None)
+class Acting:
+    """The prompt that acts at a stack, asked for at the module that keeps its vectors."""
+
+    def __init__(self, module: nn.Module, stack: str, offset: int) -> None:
+        self.module, self.stack, self.offset = module, stack, offset
+
+    @property
+    def count(self) -> int:
+        """P, the number of positions that are put in."""
+        site: Any = self.module.adapterkit
+        return int(site.prompt_length(self.stack))
+
+    def put(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:
+        """Put the prompt into x (B, T, D) where the entry of the stack has said, else at its fixed place."""
+        site: Any = self.module.adapterkit
+        vectors: torch.Tensor = site.prompt(self.stack, x)
+        span = flow.get(key(self.stack))
+        if span is None or span.static:
+            count = vectors.shape[1]
+            span = Span(self.offset, count, x.shape[1] + count, static=True)
+            flow[key(self.stack)] = span
+        return insert(x, vectors, span.index) if span.fresh else x
+
+
+class PutBehind(nn.Module):
+    """At the embeddings: put the prompt behind them."""
+
+    def __init__(self, acting: Acting) -> None:
+        super().__init__()
+        self.acting = acting
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        return with_first(out, self.acting.put(first(out), flow_of(host)))
+
+
+class PutBefore(nn.Module):
+    """At the first layer: put the prompt before it."""
+
+    def __init__(self, acting: Acting) -> None:
+        super().__init__()
+        self.acting = acting
+
+    def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+        return self.acting.put(x, flow_of(host))
 
 
 class Widen(nn.Module):
@@ -50,10 +95,10 @@ class Widen(nn.Module):
     Raises: PlanError: there is a mask of another form than (B, T), or no position embedding for so many.
     """
 
-    def __init__(self, info: StackInfo, count: int, offset: int, table: nn.Module | None, move: bool) -> None:
+    def __init__(self, info: StackInfo, acting: Acting, table: nn.Module | None, move: bool) -> None:
         super().__init__()
         self.stack, self.inputs = info.address, info.inputs
-        self.count, self.offset, self.move = count, offset, move
+        self.acting, self.offset, self.move = acting, acting.offset, move
         # in tuples, so that they are not registered a second time
         self.tables = () if table is None else (table,)
         self.blocks = tuple(m for m in info.root.modules() if hasattr(m, FROM_IDS))[:1]
@@ -73,31 +118,30 @@ class Widen(nn.Module):
         cache: Any = given.get("past_key_values")
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         rows, length = tokens.shape[:2]
+        count = self.acting.count
         mask = self._mask(given)
         index = start(mask, self.offset)
-        fresh, total = not past, (past or self.count) + length
+        fresh, total = not past, (past or count) + length
         if self.limit is not None and total > self.limit:
-            message = f"a prompt of {self.count} and {total - self.count} tokens, but {self.limit} positions"
+            message = f"a prompt of {count} and {total - count} tokens, but {self.limit} positions"
             raise PlanError(Problem("too-long", message, self.stack, "a shorter prompt, or shorter inputs"))
         if mask is not None:
-            given[str(names.mask)] = insert(mask, mask.new_ones(1, self.count), index)
-        flow[key(self.stack)] = Span(index, self.count, total, fresh)
+            given[str(names.mask)] = insert(mask, mask.new_ones(1, count), index)
+        flow[key(self.stack)] = Span(index, count, total, fresh)
         if not self.move:
             return (), given
         positions = self._positions(given, ids if embeds is None else None, past)
         if positions is not None:
-            moved = (
-                shifted(positions, index, self.count, self.offset, rows) if fresh else positions + self.count
-            )
+            moved = shifted(positions, index, count, self.offset, rows) if fresh else positions + count
             given[str(names.positions)] = moved
         if not fresh:
             return (), given
         for name in names.aligned:
             if given.get(name) is not None:
-                given[name] = insert(given[name], given[name].new_zeros(1, self.count), index)
+                given[name] = insert(given[name], given[name].new_zeros(1, count), index)
         if self.tables:
             embeds = self.tables[0](ids) if embeds is None else embeds
-            given[str(names.embeds)] = held(self.tables[0], self.stack).put(embeds, flow)
+            given[str(names.embeds)] = self.acting.put(embeds, flow)
             given.pop(str(names.ids), None)
         return (), given
 
@@ -137,22 +181,22 @@ def capacity(info: StackInfo) -> int | None:
 class Embed(nn.Module):
     """At embeddings that can be given embedded tokens, in a stack that cannot: put the prompt among them."""
 
-    def __init__(self, stack: str, ids: str, table: nn.Module) -> None:
+    def __init__(self, ids: str, acting: Acting) -> None:
         super().__init__()
-        self.stack, self.ids, self.tables = stack, ids, (table,)
+        self.ids, self.acting = ids, acting
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
         given = given_arguments(module, args, kwargs)
-        embeds = self.tables[0](given.pop(self.ids))
-        return (), {**given, EMBEDS: held(self.tables[0], self.stack).put(embeds, flow)}
+        embeds = self.acting.module(given.pop(self.ids))
+        return (), {**given, EMBEDS: self.acting.put(embeds, flow)}
 
 
 class WidenLayer(nn.Module):
     """At a layer of a stack that pools by its own mask: the layer alone is told of the prompt."""
 
-    def __init__(self, stack: str, mask: str, count: int, offset: int, is_first: bool) -> None:
+    def __init__(self, stack: str, mask: str, acting: Acting, is_first: bool) -> None:
         super().__init__()
-        self.stack, self.mask, self.count, self.offset = stack, mask, count, offset
+        self.stack, self.mask, self.acting = stack, mask, acting
         self.is_first = is_first
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
@@ -161,27 +205,28 @@ class WidenLayer(nn.Module):
         if mask is not None and mask.ndim != 2:
             message = f"{self.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
             raise PlanError(Problem("unfit-input", message, self.stack))
-        index = start(mask, self.offset)
+        index, count = start(mask, self.acting.offset), self.acting.count
         length = next(iter(given.values())).shape[1]
-        flow[key(self.stack)] = Span(index, self.count, length + self.count * self.is_first)
+        flow[key(self.stack)] = Span(index, count, length + count * self.is_first)
         if mask is not None:
-            given[self.mask] = insert(mask, mask.new_ones(1, self.count), index)
+            given[self.mask] = insert(mask, mask.new_ones(1, count), index)
         return (), given
 
 
 class WidenRead(nn.Module):
     """At the entry of a stack that reads another: its mask of the other's states, widened to their length."""
 
-    def __init__(self, states: str, mask: str, count: int, offset: int) -> None:
+    def __init__(self, states: str, mask: str, acting: Acting) -> None:
         super().__init__()
-        self.states, self.mask, self.count, self.offset = states, mask, count, offset
+        self.states, self.mask, self.acting = states, mask, acting
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
         given = given_arguments(module, args, kwargs)
         states, mask = given.get(self.states), given.get(self.mask)
-        if states is not None and mask is not None and mask.shape[-1] + self.count == states.shape[1]:
-            index = start(mask, self.offset)
-            given[self.mask] = insert(mask, mask.new_ones(1, self.count), index)
+        count = self.acting.count
+        if states is not None and mask is not None and mask.shape[-1] + count == states.shape[1]:
+            index = start(mask, self.acting.offset)
+            given[self.mask] = insert(mask, mask.new_ones(1, count), index)
         return (), given
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods import entering
 from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Unmergeable, Words
-from adapterkit.methods.flow import base_forward, entry_place, first, flow_of, with_first
-from adapterkit.methods.positions import Span, Strip, StripRead, insert, key
+from adapterkit.methods.flow import base_forward, entry_place
+from adapterkit.methods.positions import Strip, StripRead
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import layer_slots
@@ -76,8 +76,7 @@ class PromptTuningConfig(MethodConfig):
         return Selection(tuple(_host(blueprint, name, self) for name in known), tuple(missing))
 
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
-        kinds = {"tokens": Prompt, "out": PromptBehind, "layer": PromptBefore}
-        return kinds[slot.role](slot, self, generator)
+        return Prompt(slot, self, generator)
 
     def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
         return [helper for slot in slots for helper in _helpers(blueprint, slot, self)]
@@ -90,14 +89,15 @@ class Prompt(Unmergeable):
     Shapes: x (B, T, D) -> (B, P + T, D); `embeds` (P, D).
     """
 
-    acts_on: ClassVar[Literal["held", "input", "output"]] = "held"
+    acts_on = "held"
     averages = False  # positions of different contents
     reason = "positions of a sequence are no change of a weight"
 
     def __init__(self, slot: Slot, config: PromptTuningConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         self.stack = slot.stack
-        self.offset = _offset(config)
+        self.place = (slot.path, config.position, config.keep_positions)
+        """Prompts of one stack that act together are put in at the same place."""
         width = (slot.shape or (1, 1))[0]
         self.embeds = nn.Parameter(torch.empty(config.prompt_length, width))
         with torch.no_grad():
@@ -106,33 +106,6 @@ class Prompt(Unmergeable):
                 self.embeds.uniform_(-scale, scale, generator=generator)
             elif not self.embeds.is_meta:
                 self.embeds.copy_(_rows(slot, config, generator))
-
-    def put(self, x: torch.Tensor, flow: dict[str, Any]) -> torch.Tensor:
-        """Put the prompt into x where the entry of the stack has said, else at its fixed place."""
-        span = flow.get(key(self.stack))
-        if span is None or span.static:
-            count = self.embeds.shape[0]
-            span = Span(self.offset, count, x.shape[1] + count, static=True)
-            flow[key(self.stack)] = span
-        return insert(x, self.embeds[None], span.index) if span.fresh else x
-
-
-class PromptBehind(Prompt):
-    """The prompt behind the whole embeddings."""
-
-    acts_on = "output"
-
-    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
-        return with_first(out, self.put(first(out), flow_of(host)))
-
-
-class PromptBefore(Prompt):
-    """The prompt before the first layer."""
-
-    acts_on = "input"
-
-    def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
-        return self.put(x, flow_of(host))
 
 
 def _offset(config: PromptTuningConfig) -> int:
@@ -194,15 +167,19 @@ def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
 
 def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> list[Helper]:
     """What makes room for the prompt of a stack, and what takes its positions out again."""
-    stack, count, offset = slot.stack, config.prompt_length, _offset(config)
+    stack, acting = slot.stack, entering.Acting(slot.module, slot.stack, _offset(config))
     info, places = blueprint.stacks[stack], blueprint.places
-    entry, own = entry_place(blueprint, stack), _key("prompt", stack, count, config.position, config.insert)
+    entry, own = entry_place(blueprint, stack), _key("prompt", stack, config.position, config.insert)
     found = []
 
     def add(place: Slot | None, word: str, make: Callable[[], nn.Module], acts_on: Any = "entry") -> None:
         if place is not None:
             found.append(Helper(place, f"{own}__{word}", make, acts_on, -2 if acts_on == "entry" else 6))
 
+    if slot.role == "out":
+        found.append(Helper(slot, f"{own}__put", partial(entering.PutBehind, acting), "output", 0))
+    elif slot.role == "layer":
+        found.append(Helper(slot, f"{own}__put", partial(entering.PutBefore, acting), "input", 0))
     strip = partial(Strip, stack)
     last = places[f"{stack}.{info.num_layers - 1}.layer"]
     in_layers = slot.role == "layer" or info.inputs.ids is None
@@ -210,17 +187,17 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
         at = entering.embeds_at(blueprint, stack)
         assert at is not None
         table = slot.module if at.path == entry.path else None
-        add(entry, "widen", partial(entering.Widen, info, count, offset, table, True))
+        add(entry, "widen", partial(entering.Widen, info, acting, table, True))
         if table is None:
-            add(at, "embed", partial(entering.Embed, stack, str(info.inputs.ids), slot.module))
+            add(at, "embed", partial(entering.Embed, str(info.inputs.ids), acting))
             if not config.keep_positions:
                 # what pools the states of the right tokens is the stack itself
                 add(places.get(f"{stack}.final_norm"), "strip", strip, "output")
     elif not in_layers:
-        add(entry, "widen", partial(entering.Widen, info, count, offset, None, False))
+        add(entry, "widen", partial(entering.Widen, info, acting, None, False))
     elif info.inputs.mask is not None:
         for index in range(info.num_layers):
-            make = partial(entering.WidenLayer, stack, info.inputs.mask, count, offset, index == 0)
+            make = partial(entering.WidenLayer, stack, info.inputs.mask, acting, index == 0)
             add(places[f"{stack}.{index}.layer"], "widen", make)
     for address, place in places.items():
         if place.stack == stack and place.role == "position_bias":
@@ -237,7 +214,7 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
         if stack in sources(blueprint, reader):
             reads, place = blueprint.stacks[reader].reads, entry_place(blueprint, reader)
             if reads is not None and reads.mask is not None:
-                make_read = partial(entering.WidenRead, reads.states, reads.mask, count, offset)
+                make_read = partial(entering.WidenRead, reads.states, reads.mask, acting)
                 add(place, f"read_{reader.replace('/', '_')}", make_read)
             add(place, f"leave_{reader.replace('/', '_')}", partial(StripRead, stack), "output")
     return found
