@@ -112,7 +112,7 @@ def prompt(steps: Sequence[Step], stack: str, x: T, host: Any) -> T | None:
             own = units[step].embeds[None] if units[step].stack == stack else None
         if own is not None:
             found.append(own)
-    rows = max((own.shape[0] for own in found), default=1)
+    rows = max([1, *[own.shape[0] for own in found]])
     return torch.cat([own.expand(rows, -1, -1) for own in found], dim=1) if found else None
 
 

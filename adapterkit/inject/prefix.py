@@ -86,7 +86,7 @@ def side_by_side(states: Sequence[State | None], rows: Sequence[int]) -> list[St
     real = [state for state in states if state is not None]
     if not real:
         return None
-    longest = max(state[0].shape[2] for state in real)
+    longest = max([state[0].shape[2] for state in real])
     even = all(state is not None and state[0].shape[2] == longest and state[2] is None for state in states)
     found: list[State] = []
     for state, count in zip(states, rows, strict=True):
