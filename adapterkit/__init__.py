@@ -15,6 +15,7 @@ _HOMES = {
     "attach": "adapterkit.api",
     "load": "adapterkit.api",
     "of": "adapterkit.api",
+    "check": "adapterkit.author.check",
     "plan": "adapterkit.api",
     "draft": "adapterkit.author.draft",
     "Draft": "adapterkit.author.draft",
@@ -79,6 +80,7 @@ __all__ = [
     "VeRAConfig",
     "__version__",
     "attach",
+    "check",
     "draft",
     "errors",
     "interfaces",
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     from adapterkit import errors
     from adapterkit.adapter import Adapter
     from adapterkit.api import attach, load, of, plan
+    from adapterkit.author.check import check
     from adapterkit.author.draft import Draft, draft
     from adapterkit.composition import (
         Average,

@@ -25,6 +25,8 @@ class Observation:
     graph: Graph
     tensors: tuple[torch.Tensor, ...]
     """What each value was."""
+    watched: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
+    """Calls of watched methods: '<module>:<method>', and the values of its arguments."""
 
     @cached_property
     def attentions(self) -> tuple[Attention, ...]:
@@ -54,6 +56,7 @@ def observe(
     *,
     edits: Mapping[nn.Module, Edit] | None = None,
     enter: Mapping[nn.Module, Enter] | None = None,
+    methods: Mapping[nn.Module, str] | None = None,
 ) -> Observation:
     """Record one forward pass of a model in eval mode. The model is left as it was.
 
@@ -61,11 +64,13 @@ def observe(
         inputs: keyword arguments of the model.
         edits: changes of a module's first output on the way, by module; the graph stays the same.
         enter: changes of (args, kwargs) of a module's calls, by module.
+        methods: a method of a module whose calls are recorded too, with the path '<module>:<method>'.
     """
-    recorder = Recorder(model, edits=edits, enter=enter)
+    recorder = Recorder(model, edits=edits, enter=enter, methods=methods)
     with _eval_mode(model), recorder.watching(model):
         out = model(**inputs)
-    return Observation(recorder.graph(out), tuple(recorder.tensors))
+    watched = tuple((path, arguments) for path, arguments, *_ in recorder.watched)
+    return Observation(recorder.graph(out), tuple(recorder.tensors), watched)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class Recorder(TorchFunctionMode):
         model: whose calls are recorded.
         edits: changes of a module's first output on the way, by module.
         enter: changes of what a module is called with, by module.
-        keep: hold every tensor, so that numbers can be read afterwards.
+        methods: a method of a module whose calls are recorded too, by module.
     """
 
     def __init__(
@@ -75,6 +75,9 @@ class Recorder(TorchFunctionMode):
         self.known: dict[int, int] = {}
         self.calls: list[dict[str, Any]] = []
         self.open: list[int] = []
+        self.watched: list[tuple[str, tuple[tuple[str, int], ...], int, int]] = []
+        self.spare: list[torch.Tensor] = []
+        """Tensors that an edit replaced."""
         self.paused = False
         self.paths: dict[int, str] = {}
         self.every: dict[str, str] = {}
@@ -215,13 +218,30 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Record what runs inside. The model is left as it was."""
-        self.spare: list[torch.Tensor] = []
         with ExitStack() as stack:
             for module in list(model.modules()):
                 stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
+            for module, name in self.methods.items():
+                module.__dict__[name] = self._watched(module, name)
+                stack.callback(module.__dict__.pop, name)
             stack.enter_context(self)
             yield
+
+    def _watched(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        """A method that is recorded as a call with its arguments; what it calls belongs to the module."""
+        original = getattr(type(module), name)
+        parameters = list(inspect.signature(original).parameters)[1:]
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            found = tuple((key, self.value(tensor)) for key, tensor in _named(given))
+            parent, start = (self.open[-1] if self.open else -1), len(self.nodes)
+            out = original(module, *args, **kwargs)
+            self.watched.append((f"{self.paths[id(module)]}:{name}", found, parent, start))
+            return out
+
+        return method
 
     def graph(self, out: Any) -> Graph:
         """The recording as data. Raises: nothing; a call that an exception ended is left out."""

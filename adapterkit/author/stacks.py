@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from adapterkit.author.attention import Attention
@@ -32,7 +32,7 @@ class StackFacts:
     arriving: tuple[Call, ...]
     """Modules that the stream comes out of before the first layer, in order; projections among them too."""
     following: tuple[Call, ...]
-    """Modules behind the last layer that read the stream, in order, while the entry runs."""
+    """Modules behind the last layer that read the stream, in order, in the widest call of this column."""
 
 
 def stacks(
@@ -56,7 +56,15 @@ def stacks(
     joined: dict[str, list[LayerFacts]] = {}
     for (pattern, _), members in columns.items():
         joined.setdefault(pattern, []).extend(members)
-    return tuple(column(graph, path, tuple(members)) for path, members in joined.items())
+    return tuple(
+        column(
+            graph,
+            path,
+            tuple(members),
+            [m.call for other, rest in joined.items() if other != path for m in rest],
+        )
+        for path, members in joined.items()
+    )
 
 
 def _has_mlp(facts: LayerFacts) -> bool:
@@ -72,8 +80,13 @@ def _pattern(path: str, paths: list[str]) -> str:
     return shape if len(alike) > 1 else above
 
 
-def column(graph: Graph, path: str, layers: tuple[LayerFacts, ...]) -> StackFacts:
-    """What is before and behind these layers."""
+def column(
+    graph: Graph, path: str, layers: tuple[LayerFacts, ...], others: Iterable[Call] = ()
+) -> StackFacts:
+    """What is before and behind these layers.
+
+    Args: others: layers of other columns: what runs one of them as well does not belong to this column.
+    """
     first, last = layers[0], layers[-1]
     around = [list(graph.around(facts.call.parent)) for facts in layers]
     entry = next(call for call in around[0] if all(call in others for others in around))
@@ -89,13 +102,16 @@ def column(graph: Graph, path: str, layers: tuple[LayerFacts, ...]) -> StackFact
         if call.gives in light and call.end <= first.call.start
     ]
     arriving.sort(key=lambda call: (call.end, -call.index))
+    strangers = list(others)
+    own = [c for c in graph.around(entry.index) if not any(graph.is_inside(s, c) for s in strangers)]
+    until = own[-1].end if own else entry.end
     following = []
     if leaving is not None:
         near = light_ahead(graph, leaving)
         following = [
             call
             for call in graph.calls[last.call.index + 1 :]
-            if call.start >= last.call.end and call.start < entry.end and call.given in near
+            if call.start >= last.call.end and call.start < until and call.given in near
         ]
     return StackFacts(path, layers, entry, entering, leaving, tables, tuple(arriving), tuple(following))
 

@@ -101,6 +101,13 @@ def check(
             "--model", "-m", help="Also resolve on this model (as for `show`), without its weights."
         ),
     ] = None,
+    forward: Annotated[
+        bool,
+        typer.Option(
+            "--forward",
+            help="Run tiny models (of --model, which may also be module:function) and prove every claim.",
+        ),
+    ] = False,
     require_model: Annotated[
         bool,
         typer.Option(
@@ -112,10 +119,16 @@ def check(
     ] = "text",
     json: Json = False,
 ) -> None:
-    """Check interface files: the words, and with --model that everything they name is there."""
+    """Check interface files: the words; with --model that all is there; with --forward that all is true."""
     from adapterkit.cli import check, report
 
     form = report.form("json" if json else format)
+    if forward:
+        from adapterkit.cli import forward as forwards
+
+        done = forwards.run(check.run(files or [], None, False), model)
+        forwards.show(done, form)
+        raise typer.Exit(PROBLEMS if any(one.problems for one, _ in done) else OK)
     found = check.run(files or [], model, require_model)
     report.checked(found, form)
     raise typer.Exit(PROBLEMS if any(one.problems for one in found) else OK)

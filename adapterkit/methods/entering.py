@@ -213,6 +213,28 @@ class WidenLayer(nn.Module):
         return (), given
 
 
+class WidenMask(nn.Module):
+    """At the entry of a stack that is given no ids and makes its masks behind its embeddings: widen the mask.
+
+    Shapes: mask (B, T) -> (B, P + T), with the prompt at the place where the embeddings get it.
+    """
+
+    def __init__(self, stack: str, mask: str, acting: Acting) -> None:
+        super().__init__()
+        self.stack, self.mask, self.acting = stack, mask, acting
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
+        given = given_arguments(module, args, kwargs)
+        mask = given.get(self.mask)
+        if mask is None:
+            return args, kwargs
+        if mask.ndim != 2:
+            message = f"{self.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
+            raise PlanError(Problem("unfit-input", message, self.stack))
+        given[self.mask] = insert(mask, mask.new_ones(1, self.acting.count), self.acting.offset)
+        return (), given
+
+
 class WidenRead(nn.Module):
     """At the entry of a stack that reads another: its mask of the other's states, widened to their length."""
 

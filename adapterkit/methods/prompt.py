@@ -195,6 +195,8 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
                 add(places.get(f"{stack}.final_norm"), "strip", strip, "output")
     elif not in_layers:
         add(entry, "widen", partial(entering.Widen, info, acting, None, False))
+    elif slot.role == "out" and info.inputs.mask is not None:
+        add(entry, "widen", partial(entering.WidenMask, stack, info.inputs.mask, acting))
     elif info.inputs.mask is not None:
         for index in range(info.num_layers):
             make = partial(entering.WidenLayer, stack, info.inputs.mask, acting, index == 0)

@@ -100,6 +100,8 @@ def _bind(here: Here, said: Sublayer) -> None:
             add_place(here, f"{here.address}.position_bias", bias)
         word = str(here.sublayer)
         here.draft.kernels[word], here.draft.eager[word] = said.kernel, said.eager
+        if said.kernel is not None and core is not None:
+            _check_kernel(here, said.kernel.method, core)
         *heads, head_dim = _head_sizes(here.at("sizes"), said.sizes, core)
         here.draft.sizes[word], here.draft.head_dims[word] = (heads[0], heads[1]), head_dim
     if said.fused is not None:
@@ -159,6 +161,14 @@ def add_slot(here: Here, role: str, found: Found, words: Loc) -> Slot | None:
 def _parent(here: Here, found: Found) -> nn.Module | None:
     above, _, _ = found.path.removeprefix(here.path).strip(".").rpartition(".")
     return child(here.root, above) if above else here.root
+
+
+def _check_kernel(here: Here, method: str, core: Found) -> None:
+    if not callable(getattr(type(core.module), method, None)):
+        what = f"{core.path} ({type(core.module).__name__}) has no method {method!r}"
+        here.note(
+            "no-kernel", what, "expected the method that computes attention", words=("kernel", "method")
+        )
 
 
 def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:

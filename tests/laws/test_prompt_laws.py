@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,20 @@ def test_a_place_without_a_vocabulary_and_a_mask_of_another_form_are_refused() -
     with pytest.raises(ak.errors.PlanError) as unfit:
         kit.model(**given)
     assert unfit.value.code == "unfit-input"
+
+
+@pytest.mark.parametrize("row", ["beit", "vit"])
+def test_a_mask_of_patches_is_widened(row: str) -> None:
+    model, inputs = tiny.build(row), tiny.inputs(row)
+    if "attention_mask" not in inspect.signature(type(model).forward).parameters:
+        return  # newer versions of transformers take one
+    plain = run(model, inputs)
+    kit = ak.attach(model, "prompt_tuning[prompt_length=4]", seed=0)
+    full = torch.ones(2, tiny.build(row)(**inputs).last_hidden_state.shape[1], dtype=torch.long)
+    assert torch.equal(run(model, {**inputs, "attention_mask": full}), run(model, inputs))
+    some = full.clone()
+    some[:, 2] = 0
+    hidden = run(model, {**inputs, "attention_mask": some})
+    assert hidden.shape == plain.shape
+    assert not torch.equal(hidden, run(model, inputs))
+    kit.detach()

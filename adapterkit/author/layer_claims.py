@@ -1,0 +1,253 @@
+"""Claims about the layers of a stack: which branches there are, and what each of their modules is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from adapterkit.author import mlp_claims
+from adapterkit.author.graph import Call
+from adapterkit.author.layers import LayerFacts
+from adapterkit.author.seen import Block, BranchSeen, Seen, blocks
+from adapterkit.model import linear
+from adapterkit.model.blueprint import Slot
+
+
+def layers(seen: Seen) -> None:
+    """Every claim about the layers of a stack."""
+    ran = seen.calls()
+    loc = (*seen.loc, "layers")
+    if not ran:
+        text = f"{seen.info.num_layers} layers at {' or '.join(seen.said.layers.names())}"
+        if any(call.parent < 0 for call in seen.graph.calls) and seen.entry is not None:
+            seen.refute(loc, text, "none of them is called as a module, although the stack runs")
+        else:
+            seen.unseen(loc, text)
+        return
+    _order(seen, ran)
+    for index, place, calls in seen.layers():
+        said = list(blocks(seen, index, place))
+        for call in calls:
+            _layer(seen, said, seen.observation.layer(call))
+
+
+def _order(seen: Seen, ran: list[Call]) -> None:
+    """The stream flows from each layer to the next."""
+    loc = (*seen.loc, "layers")
+    text = (
+        f"the stream runs through the layers at {' or '.join(seen.said.layers.names())}, one after the other"
+    )
+    missed = [place.path for _, place, calls in seen.layers() if not calls]
+    if missed:
+        seen.refute(loc, text, f"{missed[0]} is never called as a module")
+        return
+    facts = [seen.observation.layer(call) for call in ran]
+    for before, after in pairwise(facts):
+        if before.gives is None or seen.graph.same(after.given) != seen.graph.same(before.gives):
+            what = f"{after.call.path} is not called with what {before.call.path} gives"
+            # a stage between two layers may change the stream; a second pass begins anew
+            if before.gives is None or before.gives not in seen.graph.closure([after.given]):
+                seen.refute(loc, text, what)
+                return
+    seen.judge(True, loc, text, "")
+    parallel = [one.is_parallel for one in facts if {b.kind for b in one.branches} >= {"attention", "mlp"}]
+    if parallel:
+        said = seen.info.parallel
+        claim = f"attention and MLP of a layer {'read the same input' if said else 'follow each other'}"
+        observed = "the MLP reads what attention was added to" if said else "both read the input of the layer"
+        hint = "" if said else "say 'block: parallel'"
+        seen.judge(all(one == said for one in parallel), (*seen.loc, "block"), claim, observed, hint)
+
+
+def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
+    """Each sublayer that is said is one branch, and each branch is said."""
+    left = list(facts.branches)
+    for block in said:
+        own = block.path("own_adapter")
+        if own is not None:
+            inside = [b for b in left if b.first and all(_is_below(one.path, own) for one in b.first)]
+            left = [b for b in left if b not in inside]
+            text = f"own_adapter: {own.rpartition('.')[2]} adds to the stream behind the residual add"
+            seen.judge(bool(inside), block.at("own_adapter"), text, "it adds nothing to the stream")
+    for block in said:
+        found = [branch for branch in left if branch.kind == block.word]
+        ends = {block.path("o"), block.path("down"), block.path("out")} - {None}
+        right = [b for b in found if b.projection is not None and b.projection.path in ends] or found
+        if right:
+            left.remove(right[0])
+            seen.judge(True, block.loc, f"{block.word} is a branch that is added to the stream", "")
+            _judge(BranchSeen(seen, block, right[0], facts.call))
+            continue
+        text = f"{block.word} is a branch that is added to the stream"
+        if block.word == "cross_attention" and not _is_given_states(seen, facts.call):
+            seen.unseen(block.loc, text)
+            continue
+        kinds = ", ".join(branch.kind for branch in facts.branches) or "none"
+        seen.refute(block.loc, text, f"branches in {facts.call.path}: {kinds}")
+    for branch in left:
+        what = (
+            branch.projection.path
+            if branch.projection
+            else (branch.outs[-1].path if branch.outs else "a sum")
+        )
+        text = "every branch that is added to the stream is described"
+        observed = f"in {facts.call.path} what {what} gives is added too ({branch.kind})"
+        seen.refute(
+            (*seen.loc, branch.kind) if branch.kind not in [b.word for b in said] else seen.loc,
+            text,
+            observed,
+        )
+
+
+def _is_below(path: str, above: str) -> bool:
+    return path == above or path.startswith(f"{above}.")
+
+
+def _is_given_states(seen: Seen, layer: Call) -> bool:
+    """Whether a layer was called with states of another stack."""
+    stream = layer.given
+    return any(
+        seen.graph.nodes[value].floating and value != stream and len(seen.graph.nodes[value].shape) == 3
+        for name, value in layer.arguments
+        if "states" in name
+    )
+
+
+def _judge(branch: BranchSeen) -> None:
+    """Every claim about one sublayer."""
+    _norm_before(branch)
+    if branch.block.word == "mlp":
+        mlp_claims.judge(branch)
+    else:
+        _attention(branch)
+    _end(branch)
+    _way_to_the_add(branch)
+    _residual(branch)
+    _called(branch)
+
+
+def _attention(branch: BranchSeen) -> None:
+    block, facts = branch.block, branch.facts
+    event = facts.events[-1]
+    core = block.path("core")
+    text = f"core: attention is computed in {branch.rel(core)}"
+    branch.judge(event.core.path == core, "core", text, f"it is computed in {branch.rel(event.core.path)}")
+    whats = {"q": "queries", "k": "keys", "v": "values"}
+    for role, found in zip("qkv", (event.q, event.k, event.v), strict=True):
+        slot = block.slots.get(role)
+        fused = slot is not None and slot.rows is not None
+        word = "fused.path" if fused else role
+        made = tuple(one for one in found if one.call is not None)
+        if slot is None:
+            named = {s.path for s in block.slots.values()}
+            unsaid = [one for one in made if one.path not in named and _is_linear(branch.seen, one.path)]
+            if unsaid or (made and _is_linear(branch.seen, made[0].path)):
+                text = f"{role}: what makes the {whats[role]} is named"
+                branch.judge(False, role, text, f"{branch.rels(made)} makes them, and is not named {role!r}")
+            continue
+        text = f"{word}: {branch.rel(slot.path)} makes the {whats[role]}"
+        right = slot.path in {one.path for one in made}
+        branch.judge(right, word, text, f"{branch.rels(found)} makes them", aspect=role if fused else "")
+
+
+def _is_linear(seen: Seen, path: str) -> bool:
+    """Whether a module could be named as a role."""
+    return linear.shape(seen.blueprint.model.get_submodule(path)) is not None
+
+
+def _end(branch: BranchSeen) -> None:
+    """The module that gives the branch its output: o, down or out."""
+    block, facts, seen = branch.block, branch.facts, branch.seen
+    role = "down" if block.word == "mlp" else "o"
+    made = facts.projection if facts.projection is not None and facts.projection.call is not None else None
+    said, out = block.path(role), block.path("out")
+    if said is not None:
+        text = f"{role}: {branch.rel(said)} gives the branch its output"
+        found = made.path if made is not None else facts.outs[-1].path if facts.outs else None
+        branch.judge(made is not None and made.path == said, role, text, f"{branch.rel(found)} gives it")
+    elif made is not None and _is_linear(seen, made.path):
+        branch.judge(False, role, f"{role}: the last projection is named", f"it is {branch.rel(made.path)}")
+    if out is not None:
+        named = [call.path for call in facts.outs]
+        text = f"out: what {branch.rel(out)} gives is the branch"
+        seen_as = ", ".join(map(branch.rel, named)) or "no module gives it"
+        branch.judge(out in named, "out", text, seen_as)
+
+
+def _norm_before(branch: BranchSeen) -> None:
+    block, facts = branch.block, branch.facts
+    shared = branch.seen.blueprint.places.get(f"{_layer_address(branch)}.norm.before")
+    said = block.path("norm.before") or (shared.path if shared else None)
+    found = facts.before.path if facts.before is not None else None
+    word = "norm.before"
+    if said is None:
+        if facts.before is not None and facts.before.kind != "Identity":
+            text = "there is no norm before the branch"
+            branch.judge(False, word, text, f"it begins with {branch.rel(found)}")
+        return
+    text = f"{'shared_norm' if shared else word}: {branch.rel(said)} normalises what the branch reads"
+    observed = f"{branch.rel(found)} does" if found else "the branch reads the stream itself"
+    if shared is not None:
+        branch.seen.judge(found == said, (*branch.seen.loc, "shared_norm"), text, observed)
+    else:
+        branch.judge(found == said, word, text, observed)
+
+
+def _layer_address(branch: BranchSeen) -> str:
+    some: Slot = next(iter((*branch.block.places.values(), *branch.block.slots.values())))
+    return f"{some.stack}.{some.layer}"
+
+
+def _way_to_the_add(branch: BranchSeen) -> None:
+    """Tail, norm after the branch, norm after the sum."""
+    block, facts = branch.block, branch.facts
+    steps = [
+        step for step in facts.steps if step.call.kind != "Identity" or step.call.path == block.path("tail")
+    ]
+    tails = [step.call.path for step in steps if not step.is_norm]
+    norms = [step.call.path for step in steps if step.is_norm]
+    _last(branch, "tail", "is the last module before the residual add", tails)
+    _last(branch, "norm.after", "normalises the branch before the residual add", norms)
+    said, found = block.path("norm.after_residual"), facts.after_residual
+    text = f"norm.after_residual: {branch.rel(said)} normalises the sum of branch and residual"
+    if said is not None:
+        observed = f"{branch.rel(found.path)} does" if found else "the sum goes on as it is"
+        branch.judge(found is not None and found.path == said, "norm.after_residual", text, observed)
+    elif found is not None and block.path("own_adapter") is None:
+        text = "no norm stands behind the residual add"
+        branch.judge(False, "norm.after_residual", text, f"{branch.rel(found.path)} normalises the sum")
+
+
+def _last(branch: BranchSeen, word: str, what: str, found: list[str]) -> None:
+    said = branch.block.path(word)
+    if said is not None:
+        observed = (
+            f"{branch.rel(found[-1])} is it" if found else "no module of that kind is called in between"
+        )
+        branch.judge(bool(found) and found[-1] == said, word, f"{word}: {branch.rel(said)} {what}", observed)
+    elif found:
+        text = f"{word}: no module {what.removeprefix('is ')}".replace("the last module", "is called")
+        branch.judge(False, word, text, f"{branch.rel(found[-1])} is called there", f"say {word!r}")
+
+
+def _residual(branch: BranchSeen) -> None:
+    """What the branch was made of is what it is added to."""
+    facts, graph = branch.facts, branch.seen.graph
+    same = graph.same(facts.source) == graph.same(facts.stream)
+    if branch.seen.info.parallel:
+        layer = branch.seen.observation.layer(branch.layer)
+        same = same or graph.same(facts.source) == graph.same(layer.given)
+    text = f"{branch.block.word} is added to what it was made of"
+    observed = "it is made of another value of the stream than it is added to"
+    branch.seen.judge(same, branch.block.loc, text, observed, aspect="residual")
+
+
+def _called(branch: BranchSeen) -> None:
+    """Modules that may be adapted are called, and called with the batch where it is said to be."""
+    for name, slot in branch.block.slots.items():
+        if name in ("q", "k", "v", "o", "gate", "up", "down") and slot.rows is None:
+            continue
+        if slot.rows is not None or name == "fused":
+            continue
+        calls = branch.seen.graph.calls_of(slot.path, branch.layer)
+        text = f"extra.{name}: {branch.rel(slot.path)} is called in the layer"
+        branch.judge(bool(calls), f"extra.{name}", text, "it is not")

@@ -1,0 +1,276 @@
+"""The laws of every method on one model: what an author proves before anyone trains with an interface."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit import api
+from adapterkit.author.scene import Scene
+from adapterkit.composition import Setup
+from adapterkit.errors import AdapterkitError, Problem
+from adapterkit.kit import Kit
+from adapterkit.liveness import outputs
+from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.resolve import resolve
+from adapterkit.spec import registry
+from adapterkit.spec.schema import Interface
+from adapterkit.spec.vocabulary import SUBLAYERS
+
+CLOSE = 1e-4
+"""Merged and unmerged weights round differently."""
+STEP = 0.1
+
+
+@dataclass(frozen=True)
+class Column:
+    """A method to be tried, with options that fit a tiny model."""
+
+    config: Mapping[str, Any]
+    starts_as_base: bool = False
+    """Its first output is the base model's, bit for bit."""
+    by_branch: bool = False
+    """It takes `locations`."""
+    merges: bool = False
+    fused: bool = False
+    """Two of them, and the fusion of both."""
+
+
+# smooth activations, so that no unit is dead by chance
+_SMOOTH = {"reduction_factor": 4, "non_linearity": "gelu"}
+_REFT = {"method": "loreft", "r": 2, "prefix_positions": 2, "suffix_positions": 2, "tied_weights": True}
+COLUMNS: dict[str, Column] = {
+    "lora": Column({"method": "lora", "targets": "all", "r": 2, "alpha": 4}, True, merges=True),
+    "ia3": Column({"method": "ia3"}, True, merges=True),
+    "dora": Column({"method": "dora", "targets": "all", "r": 2, "alpha": 4}, True, merges=True),
+    "bottleneck": Column({"method": "double_seq_bn", **_SMOOTH}, by_branch=True),
+    "compacter": Column({"method": "compacter", **_SMOOTH, "phm_dim": 2}, by_branch=True),
+    "prefix_tuning": Column({"method": "prefix_tuning", "prefix_length": 3, "bottleneck_size": 6}),
+    "prompt_tuning": Column({"method": "prompt_tuning", "prompt_length": 3}),
+    "reft": Column(_REFT),
+    "invertible": Column({"method": "invertible", "non_linearity": "gelu"}),
+    "fusion": Column({"method": "seq_bn", **_SMOOTH}, by_branch=True, fused=True),
+}
+
+LAWS = {
+    "attach": "attaches",
+    "start": "starts as the base model, bit for bit",
+    "effect": "moves the output after a random step",
+    "off": "disabled, the base model is there bit for bit",
+    "alive": "every tensor of it moves the output, and no tensor of the base is trained",
+    "file": "saved and loaded again, it gives the same output bit for bit",
+    "merge": "folded into the weights, it gives the same output",
+    "detach": "detached, outputs, weights, classes and requires_grad are as before",
+}
+
+
+class Broken(Exception):  # noqa: N818 - a verdict, of which a report is made
+    """A law does not hold; the message says how."""
+
+    def __init__(self, law: str, fact: str) -> None:
+        super().__init__(f"{LAWS[law]}: {fact}")
+        self.law, self.fact = law, fact
+
+
+class _Refused(Exception):  # noqa: N818 - a verdict as well
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out for one method."""
+
+    method: str
+    state: str
+    """proved, refused (with the reason that attach gives) or broken."""
+    laws: tuple[str, ...]
+    """Those that were shown to hold."""
+    reason: str = ""
+    code: str = ""
+
+    def problem(self, file: str = "") -> Problem:
+        """A broken law as a problem of the interface's file."""
+        return Problem("law-broken", self.reason, self.method, file=file)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.method}: {self.state}" + (
+            f" ({len(self.laws)} laws)" if not self.reason else f": {self.reason}"
+        )
+
+
+def prove_methods(interface: Interface, scene: Scene, methods: tuple[str, ...] = ()) -> tuple[Verdict, ...]:
+    """Every method, or those that are named, on copies of the model of a scene."""
+    blueprint = resolve(scene.model, interface)
+    return tuple(prove_method(name, interface, scene, blueprint) for name in methods or COLUMNS)
+
+
+def prove_method(name: str, interface: Interface, scene: Scene, blueprint: Blueprint) -> Verdict:
+    """The laws of one method on a copy of the model."""
+    column = COLUMNS[name]
+    shown: list[str] = []
+    model = copy.deepcopy(scene.model).eval()
+    try:
+        for law in _laws(column, interface, scene, model, blueprint):
+            shown.append(law)
+    except Broken as broken:
+        return Verdict(name, "broken", tuple(shown), str(broken))
+    except _Refused as refused:
+        problem = refused.problem
+        return Verdict(name, "refused", (), f"[{problem.code}] {problem.message}", problem.code)
+    except Exception as error:  # whatever a model raises when a method gets in its way
+        law = next(law for law in LAWS if law not in shown)
+        return Verdict(
+            name, "broken", tuple(shown), f"{LAWS[law]}: {type(error).__name__}: {str(error)[:300]}"
+        )
+    return Verdict(name, "proved", tuple(shown))
+
+
+def _laws(
+    column: Column, interface: Interface, scene: Scene, model: nn.Module, blueprint: Blueprint
+) -> Iterator[str]:
+    before, state = _run(model, scene), _state(model)
+    try:
+        kit = _attached(column, interface, model, blueprint)
+    except AdapterkitError as error:
+        raise _Refused(error.problems[0]) from error
+    yield "attach"
+    if column.starts_as_base:
+        _same("start", before, _run(model, scene))
+        yield "start"
+    name, setup = "proof", kit.active
+    randomise(kit)
+    after = _run(model, scene)
+    if not any(_moved(a, b) for a, b in zip(before, after, strict=True)):
+        raise Broken("effect", "it is the base model's")
+    yield "effect"
+    with kit.disabled():
+        _same("off", before, _run(model, scene))
+    _same("off", after, _run(model, scene))
+    yield "off"
+    _alive(kit, scene)
+    yield "alive"
+    _file(kit, setup, interface, scene, model, after)
+    yield "file"
+    kit = api.of(model)
+    if column.merges:
+        _merge(kit, name, scene, after)
+        yield "merge"
+    kit.detach()
+    _same("detach", before, _run(model, scene))
+    if _state(model) != state:
+        raise Broken("detach", "something is left on the model")
+    yield "detach"
+
+
+def _attached(column: Column, interface: Interface, model: nn.Module, blueprint: Blueprint) -> Kit:
+    config = dict(column.config)
+    if column.by_branch:
+        words = {place.sublayer for place in blueprint.places.values()}
+        words |= {slot.sublayer for slot in blueprint}
+        config["locations"] = [word for word in SUBLAYERS if word in words]
+    if not column.fused:
+        return api.attach(model, config, name="proof", interface=interface, seed=0)
+    for child in ("first", "second"):
+        kit = api.attach(model, config, name=child, interface=interface, seed=0)
+    return kit.fuse("first", "second", name="proof")
+
+
+def _run(model: nn.Module, scene: Scene) -> list[Tensor]:
+    with torch.no_grad():
+        return [out.clone() for out in outputs(model(**copy.deepcopy(dict(scene.inputs))))]
+
+
+def _state(model: nn.Module) -> Any:
+    """What detaching must give back, apart from outputs."""
+    kinds = [(path, type(module)) for path, module in model.named_modules()]
+    trained = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    sums = {name: tensor.double().sum().item() for name, tensor in model.state_dict().items()}
+    own = [sorted(module.__dict__) for module in model.modules()]
+    return kinds, trained, sums, own
+
+
+def _same(law: str, before: list[Tensor], after: list[Tensor]) -> None:
+    if len(before) != len(after):
+        raise Broken(law, f"{len(after)} outputs in place of {len(before)}")
+    for a, b in zip(before, after, strict=True):
+        if a.shape != b.shape:
+            raise Broken(law, f"shape {tuple(b.shape)} in place of {tuple(a.shape)}")
+        if not torch.equal(a, b):
+            raise Broken(law, f"outputs differ by {float((a - b).abs().max()):.2g}")
+
+
+def _moved(before: Tensor, after: Tensor) -> bool:
+    if before.shape != after.shape:
+        return True
+    return bool((before - after).abs().max() > 1e-4 * before.abs().max())
+
+
+@torch.no_grad()
+def randomise(kit: Kit) -> None:
+    """Move every trained tensor of every adapter away from its start."""
+    generator = torch.Generator().manual_seed(7)
+    for name in kit:
+        for key, tensor in kit[name].named_parameters():
+            if not key.startswith("head."):
+                tensor.add_((STEP * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype))
+
+
+def _alive(kit: Kit, scene: Scene) -> None:
+    own = {id(tensor) for adapter in kit.values() for tensor in adapter.parameters()}
+    extra = [n for n, p in kit.model.named_parameters() if p.requires_grad and id(p) not in own]
+    if extra:
+        raise Broken("alive", f"{extra[0]} of the base is trained")
+    found = kit.verify(**scene.inputs)
+    graph = scene.observation.graph
+    places = {**kit.blueprint.slots, **kit.blueprint.places}
+    asleep = [address for address, slot in places.items() if not graph.calls_of(slot.path)]
+    quiet = tuple(
+        {address.rpartition(".")[0] for address in asleep}
+    )  # sublayers that the inputs do not reach
+    dead = [n for n in found.dead if not any(f"{place}." in n for place in quiet) and ".head." not in f".{n}"]
+    if dead:
+        raise Broken(
+            "alive", f"{dead[0]} does not" + (f", nor do {len(dead) - 1} others" if dead[1:] else "")
+        )
+
+
+def _file(
+    kit: Kit, setup: Setup | None, interface: Interface, scene: Scene, model: nn.Module, after: list[Tensor]
+) -> None:
+    """Save, detach, load into what is left. The interface comes with the file, unless it is shipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "proof"
+        kit.save(target, None if not isinstance(setup, str) else setup, **_whole(setup))
+        kit.detach()
+        known = registry.name_of(interface)
+        api.load(model, target, interface=interface if known and not registry.is_shipped(known) else None)
+    _same("file", after, _run(model, scene))
+
+
+def _whole(setup: Setup | None) -> dict[str, Any]:
+    return {} if isinstance(setup, str) else {"setup": setup}
+
+
+def _merge(kit: Kit, name: str, scene: Scene, after: list[Tensor]) -> None:
+    try:
+        kit.merge(name)
+    except AdapterkitError as error:
+        raise Broken("merge", error.problems[0].message) from error
+    merged = _run(kit.model, scene)
+    kit.unmerge()
+    for a, b in zip(after, merged, strict=True):
+        if not torch.allclose(a, b, atol=CLOSE, rtol=CLOSE):
+            raise Broken("merge", f"outputs differ by {float((a - b).abs().max()):.2g}")
+    _same("merge", after, _run(kit.model, scene))

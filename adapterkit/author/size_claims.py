@@ -1,0 +1,178 @@
+"""Claims about numbers: heads, widths, where the batch is, which rows of a fused matrix are whose."""
+
+from __future__ import annotations
+
+import torch
+
+from adapterkit.author import mlp_claims
+from adapterkit.author.graph import Call
+from adapterkit.author.layers import BranchFacts
+from adapterkit.author.observe import Observation
+from adapterkit.author.recorder import Edit
+from adapterkit.author.scene import Scene
+from adapterkit.author.seen import Block, Seen, blocks
+from adapterkit.model.blueprint import Slot
+from adapterkit.model.layouts import Rows
+
+_SWAPPED = 2
+
+
+def numbers(seen: Seen, scene: Scene) -> None:
+    """Every claim about numbers in the layers of a stack."""
+    for index, place, calls in seen.layers():
+        for block in blocks(seen, index, place):
+            for call in calls[:1]:
+                facts = next((b for b in seen.observation.layer(call).branches if _is_that(block, b)), None)
+                if facts is None:
+                    continue
+                if block.word != "mlp":
+                    _heads(seen, block, facts)
+                if "fused" in block.slots:
+                    _fused(seen, scene, block, call)
+    _batch(seen, scene)
+
+
+def _is_that(block: Block, facts: BranchFacts) -> bool:
+    ends = {block.path("o"), block.path("down"), block.path("out")} - {None}
+    return facts.kind == block.word and facts.projection is not None and facts.projection.path in ends
+
+
+def _heads(seen: Seen, block: Block, facts: BranchFacts) -> None:
+    """H, K and E as the attention that was computed shows them."""
+    event, graph = facts.events[-1], seen.graph
+    query, key = graph.nodes[event.query].shape, graph.nodes[event.key].shape
+    if len(query) != 4 or event.kind == "whole":
+        return
+    width = query[-1]
+    observed = {"heads": query[1], "head_dim": width}
+    slot = block.slots.get("k")
+    if slot is not None and slot.shape is not None and slot.shape[0] % key[-1] == 0:
+        observed["kv_heads"] = slot.shape[0] // key[-1]
+    heads, kv_heads = seen.info.sizes.get(block.word, (None, None))
+    dims = seen.info.head_dims.get(block.word)
+    said = {"heads": heads, "kv_heads": kv_heads, "head_dim": dims}
+    for word, number in said.items():
+        if number is None or word not in observed:
+            continue
+        text = f"sizes.{word}: {number}"
+        hint = (
+            f"say 'sizes: {{{word}: ...}}'" if not (block.said and getattr(block.said, "sizes", None)) else ""
+        )
+        seen.judge(
+            number == observed[word], (*block.loc, "sizes", word), text, f"it is {observed[word]}", hint
+        )
+    if heads is None and "kv_heads" in observed:
+        text = "sizes: the number of heads is known"
+        seen.refute(
+            (*block.loc, "sizes", "heads"), text, f"it is {observed['heads']}", "say 'sizes: {heads: ...}'"
+        )
+
+
+# ------------------------------------------------------------------------------------------- fused matrices
+
+
+def _fused(seen: Seen, scene: Scene, block: Block, call: Call) -> None:
+    """Changing the rows of one role changes what is used as that role, and nothing else.
+
+    Whatever happens in between (rotation, norms, scales, other orders of heads) is of no account.
+    """
+    host = block.slots["fused"]
+    for role, slot in block.slots.items():
+        if slot.rows is None:
+            continue
+        changed = scene.observe(edits={host.module: _moved(slot.rows)})
+        parts = _parts(seen.observation, seen, block, call)
+        moved = {
+            name
+            for name, value in parts.items()
+            if _differs(seen.observation, changed, value, call, whole=False)
+        }
+        whole = role in parts and _differs(seen.observation, changed, parts[role], call, whole=True)
+        text = f"fused.layout: the rows of {role} in {host.path.rpartition('.')[2]} ({_order(block)})"
+        loc = (*block.loc, "fused", "order")
+        if not parts:
+            seen.unseen(loc, text, aspect=role)
+            continue
+        others = ", ".join(sorted(moved)) or "nothing"
+        observed = (
+            f"changing them changes {others}"
+            if moved != {role} or whole
+            else f"they are but a part of {role}"
+        )
+        seen.judge(moved == {role} and whole, loc, text, observed, aspect=role)
+
+
+def _order(block: Block) -> str:
+    said = block.said.fused if block.said is not None else None
+    return f"{said.layout}, {', '.join(said.order)}" if said is not None else ""
+
+
+def _moved(rows: Rows) -> Edit:
+    def edit(out: torch.Tensor) -> torch.Tensor:
+        moved = out.clone()
+        rows.view(moved).add_(1.0 + rows.view(moved).abs())
+        return moved
+
+    return edit
+
+
+def _parts(found: Observation, seen: Seen, block: Block, call: Call) -> dict[str, int]:
+    """Values that are used as the roles of a fused matrix."""
+    facts = next((b for b in found.layer(call).branches if _is_that(block, b)), None)
+    if facts is None:
+        return {}
+    if block.word == "mlp":
+        halves = mlp_claims.halves(found.graph, facts)
+        if halves is None:
+            return {}
+        # before the activation, which may be flat
+        return {"gate": min(halves.gate_roots), "up": min(halves.up_roots)}
+    event = facts.events[-1]
+    values = {"q": event.query, "k": event.key, "v": event.value}
+    fused = {role for role, slot in block.slots.items() if slot.rows is not None}
+    return {role: value for role, value in values.items() if role in fused}
+
+
+def _differs(before: Observation, after: Observation, value: int, call: Call, *, whole: bool) -> bool:
+    """Whether a value of the first layer that was edited differs, anywhere or in every number."""
+    different = before.tensors[value] != after.tensors[value]
+    if not whole:
+        return bool(different.any())
+    # every head, every channel: for some token
+    return bool(different.flatten(0, -_SWAPPED).any(0).all())
+
+
+# ---------------------------------------------------------------------------------------------------- batch
+
+
+def _batch(seen: Seen, scene: Scene) -> None:
+    """With one example less, the axis that is said to be the batch is shorter by one."""
+    other = scene.shorter
+    if other is None or len(other.graph.calls) != len(seen.graph.calls):
+        return
+    for index, place, _ in seen.layers():
+        for block in blocks(seen, index, place):
+            for name, slot in block.slots.items():
+                if name != "fused" and slot.rows is not None:
+                    continue
+                _axis(seen, scene, other, slot, block.at("fused.path" if name == "fused" else name))
+        _axis(seen, scene, other, place, (*seen.loc, "batch"))
+
+
+def _axis(seen: Seen, scene: Scene, other: Observation, slot: Slot, loc: tuple[str | int, ...]) -> None:
+    axes = set()
+    for call, less in zip(seen.graph.calls_of(slot.path), other.graph.calls_of(slot.path), strict=False):
+        if call.given is None or less.given is None:
+            return
+        before, after = seen.graph.nodes[call.given].shape, other.graph.nodes[less.given].shape
+        different = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
+        axes.add(different[0] if different else None)
+    if not axes:
+        return
+    observed = "none" if axes - {0, 1} or len(axes) > 1 else "second" if axes == {1} else "first"
+    what = "a layer" if slot.role == "layer" else slot.path.rpartition(".")[2]
+    text = f"batch: {slot.batch}, in what {what} is called with"
+    if slot.batch == "none" and observed == "first":  # there may be configs under which it is none
+        seen.unseen((*loc, "batch"), text)
+    else:
+        seen.judge(slot.batch == observed, (*loc, "batch"), text, f"it is {observed}")

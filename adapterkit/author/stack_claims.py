@@ -1,0 +1,276 @@
+"""Claims about a stack as a whole: where the stream begins and ends, and what else is called there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from adapterkit.author.graph import INPUT, Call
+from adapterkit.author.layers import LayerFacts
+from adapterkit.author.seen import Seen
+from adapterkit.author.stacks import StackFacts, column, light_ahead
+from adapterkit.model.blueprint import Slot
+
+
+def stack(seen: Seen) -> None:
+    """Every claim about a stack outside its layers."""
+    ran = seen.calls()
+    if not ran:
+        return
+    facts = tuple(seen.observation.layer(call) for call in ran)
+    strangers = [call for other in _others(seen) for call in other.calls()]
+    around = column(seen.graph, "", facts, strangers)
+    _entry(seen, ran)
+    _embeddings(seen, around)
+    _final_norm(seen, around)
+    _exit(seen, around, ran)
+    _pooler(seen, around)
+    _reads(seen, facts)
+    for name in seen.said.extra:
+        slot = seen.blueprint.slots.get(f"{seen.info.address}.{name}")
+        if slot is not None:
+            text = f"extra.{name}: {slot.path} is called"
+            seen.judge(bool(seen.graph.calls_of(slot.path)), (*seen.loc, "extra", name), text, "it is not")
+
+
+def _entry(seen: Seen, ran: list[Call]) -> None:
+    entry = seen.entry
+    loc = (*seen.loc, "entry") if seen.said.entry else (*seen.loc, "at")
+    path = entry.path if entry is not None else seen.info.path
+    text = f"entry: a call of {path or 'the model'} runs the stack"
+    inside = entry is not None and all(seen.graph.is_inside(call, entry) for call in ran)
+    around = [call.path or "the model" for call in seen.graph.around(ran[0].parent)]
+    seen.judge(inside, loc, text, f"its layers run in calls of {', '.join(around)}", aspect="entry")
+
+
+def _embeddings(seen: Seen, around: StackFacts) -> None:
+    table, out = seen.place("embeddings.table"), seen.place("embeddings.out")
+    graph, loc = seen.graph, (*seen.loc, "embeddings")
+    found = [one.path for one in around.tables]
+    if table is not None:
+        text = (
+            f"embeddings.table: {table.path} is called with the ids, and the stream is made of what it gives"
+        )
+        observed = f"that is {', '.join(found)}" if found else "no table is called with ids before the stack"
+        same = graph.paths.get(table.path, table.path)
+        # embedded tokens may be given instead
+        if not found and not graph.calls_of(table.path):
+            seen.unseen((*loc, "table"), text)
+        else:
+            seen.judge(same in found, (*loc, "table"), text, observed)
+    elif found and seen.info.inputs.ids is not None:
+        text = "embeddings.table: the table that is called with the ids is named"
+        seen.judge(False, (*loc, "table"), text, f"it is {found[0]}")
+    last = _last_before(seen, around)
+    if out is None:
+        if last is not None:
+            text = "embeddings.out: the last module before the stream enters the stack is named"
+            seen.judge(False, (*loc, "out"), text, f"it is {last.path}")
+        return
+    text = f"embeddings.out: {out.path} is the last module before the stream enters the stack"
+    calls = [call for call in graph.calls_of(out.path) if call.start < around.layers[0].call.start]
+    twice = len(_in_entry(seen, graph.calls_of(out.path))) > 1
+    gives = {call.gives for call in calls}
+    right = last is not None and last.gives in gives and not twice
+    observed = (
+        "it is called more than once" if twice else f"that is {last.path}" if last else "none is called"
+    )
+    seen.judge(right, (*loc, "out"), text, observed)
+
+
+def _in_entry(seen: Seen, calls: Iterable[Call]) -> list[Call]:
+    entry = seen.entry
+    return [call for call in calls if entry is None or seen.graph.is_inside(call, entry)]
+
+
+def _last_before(seen: Seen, around: StackFacts) -> Call | None:
+    """The last module whose output, of the shape of the stream, becomes it.
+
+    What only changes the width (a linear map) and what is called more than once is no place of its own.
+    """
+    graph = seen.graph
+    shape = graph.nodes[around.entering].shape
+    content = {table.node for table in around.tables} or {
+        node.index for node in graph.nodes if node.op == INPUT and node.floating
+    }
+    found, latest = None, -1
+    for call in around.arriving:
+        gives = call.gives
+        if gives is None or graph.nodes[gives].shape[:-1] != shape[:-1]:
+            continue
+        is_linear = gives in graph.projections and graph.nodes[gives].op in ("linear", "addmm")
+        # positions and the like are added to the stream, they are not it
+        if is_linear or not content & graph.closure([gives]):
+            continue
+        if len(_in_entry(seen, graph.calls_of(call.path))) == 1 and gives > latest:
+            found, latest = call, gives
+    return found
+
+
+def _final_norm(seen: Seen, around: StackFacts) -> None:
+    said, graph = seen.place("final_norm"), seen.graph
+    if around.leaving is None:
+        return
+    shape = graph.nodes[around.leaving].shape
+    norms = [
+        call
+        for call in around.following
+        if call.given is not None
+        and graph.same(call.given) == graph.same(around.leaving)
+        and graph.nodes[call.given].shape == shape
+        and call.is_leaf
+        and (graph.is_norm(call) or (said is not None and call.path == said.path))
+    ]
+    found = norms[0].path if norms else None
+    if said is not None:
+        text = f"final_norm: {said.path} normalises what the last layer gives"
+        observed = f"{found} does" if found else "nothing does"
+        seen.judge(found == graph.paths.get(said.path, said.path), (*seen.loc, "final_norm"), text, observed)
+    elif found is not None:
+        text = "final_norm: there is no norm behind the last layer"
+        seen.judge(False, (*seen.loc, "final_norm"), text, f"{found} is called there")
+
+
+def _stream_end(seen: Seen, around: StackFacts) -> int | None:
+    """The stream behind the last layer and its norm."""
+    said = seen.place("final_norm")
+    if said is not None and around.leaving is not None:
+        for call in around.following:
+            if call.path == seen.graph.paths.get(said.path, said.path):
+                return call.gives
+    return around.leaving
+
+
+def _exit(seen: Seen, around: StackFacts, ran: list[Call]) -> None:
+    said = seen.place("exit")
+    place: Slot | None = said or seen.place("final_norm")
+    path = place.path if place is not None else ran[-1].path
+    calls = _in_entry(seen, seen.graph.calls_of(path))
+    text = f"exit: {path or 'the model'} is the last module before pooling, and called once"
+    loc = (*seen.loc, "exit")
+    if len(calls) != 1:
+        hint = "" if said else "name a module behind all layers: 'exit'"
+        seen.judge(False, loc, text, f"it is called {len(calls)} times", hint)
+        return
+    end = _stream_end(seen, around)
+    gives = calls[0].gives
+    right = end is not None and gives is not None and seen.graph.same(gives) == seen.graph.same(end)
+    seen.judge(right, loc, text, "what it gives is not the stream behind the last layer")
+
+
+def _pooler(seen: Seen, around: StackFacts) -> None:
+    """What reads the stream behind the stack inside the base is named, so that it is saved."""
+    said, graph = seen.place("pooler"), seen.graph
+    loc = (*seen.loc, "pooler")
+    end = _stream_end(seen, around)
+    if end is None:
+        return
+    near = light_ahead(graph, end)
+    last = around.layers[-1].call
+    named = [seen.place(word) for word in ("final_norm", "exit")]
+    known = {graph.paths.get(place.path, place.path) for place in named if place is not None}
+    heads = {graph.paths.get(head.path, head.path) for head in seen.blueprint.heads}
+    root = seen.info.path
+    readers: list[Call] = []
+    for call in graph.calls:
+        inside = not root or call.path.startswith(f"{root}.")
+        if call.start < last.end or call.path in known or not inside or call.given not in near:
+            continue
+        if any(_is_below(call.path, head) for head in heads) or _is_output(seen, call.path):
+            continue
+        if any(_is_below(call.path, reader.path) for reader in readers):
+            continue
+        if _has_weights(seen, call.path) and not _runs_layers(seen, call):
+            readers.append(call)
+    found = [call.path for call in readers]
+    if said is not None:
+        path = graph.paths.get(said.path, said.path)
+        text = f"pooler: {said.path} reads the stream behind the stack"
+        calls = graph.calls_of(said.path)
+        if not calls:
+            seen.unseen(loc, text)
+            return
+        right = any(_is_below(reader, path) or _is_below(path, reader) for reader in found)
+        seen.judge(right, loc, text, f"{found[0]} does" if found else "nothing does")
+    elif found:
+        text = "pooler: no module with weights reads the stream behind the stack"
+        seen.judge(False, loc, text, f"{found[0]} does")
+
+
+def _is_below(path: str, above: str) -> bool:
+    return path == above or path.startswith(f"{above}.")
+
+
+def _has_weights(seen: Seen, path: str) -> bool:
+    return next(seen.blueprint.model.get_submodule(path).parameters(), None) is not None
+
+
+def _is_output(seen: Seen, path: str) -> bool:
+    """Whether a module is the output embeddings."""
+    getter = getattr(seen.blueprint.model, "get_output_embeddings", None)
+    found = getter() if getter is not None else None
+    return found is not None and seen.blueprint.model.get_submodule(path) is found
+
+
+def _runs_layers(seen: Seen, call: Call) -> bool:
+    """Whether a call runs layers of any stack."""
+    layers = {
+        seen.graph.paths.get(place.path, place.path)
+        for address, place in seen.blueprint.places.items()
+        if address.endswith(".layer")
+    }
+    return any(other.path in layers and seen.graph.is_inside(other, call) for other in seen.graph.calls)
+
+
+def _reads(seen: Seen, facts: tuple[LayerFacts, ...]) -> None:
+    """What cross-attention reads comes through the argument that is said, from the stack that is said."""
+    graph, reads, entry = seen.graph, seen.info.reads, seen.entry
+    events = [
+        event
+        for one in facts
+        for branch in one.branches
+        if branch.kind == "cross_attention"
+        for event in branch.events
+    ]
+    loc = (*seen.loc, "reads")
+    behind = graph.closure([value for event in events for value in (event.key, event.value)])
+    made = [other.info.address for other in _others(seen) if _layer_outputs(other) & behind]
+    if reads is None:
+        if made:  # states that are given from outside are those of no stack
+            text = "the stack reads no other stack"
+            seen.judge(False, loc, text, f"its cross-attention reads {', '.join(made)}", "say 'reads'")
+        return
+    if not events or entry is None:
+        seen.unseen((*loc, "states"), f"reads.states: cross-attention reads argument {reads.states!r}")
+        return
+    given = entry.argument(reads.states)
+    names = sorted({name for name, value in entry.arguments if value in behind and _is_states(seen, value)})
+    text = f"reads.states: cross-attention reads argument {reads.states!r} of the entry"
+    seen.judge(given in behind, (*loc, "states"), text, f"it reads {', '.join(names) or 'no argument of it'}")
+    text = f"reads.stack: the states are those of {reads.stack!r}"
+    named = [a for a in made if a == _sibling(seen, reads.stack) or a.startswith(f"{reads.stack}/")]
+    if not made:  # states that are given from outside
+        seen.unseen((*loc, "stack"), text)
+    else:
+        seen.judge(bool(named), (*loc, "stack"), text, f"they are those of {', '.join(made)}")
+
+
+def _sibling(seen: Seen, name: str) -> str:
+    part, slash, _ = seen.info.address.rpartition("/")
+    return f"{part}{slash}{name}"
+
+
+def _others(seen: Seen) -> list[Seen]:
+    return [
+        Seen(seen.blueprint, info, seen.observation, seen.book)
+        for address, info in seen.blueprint.stacks.items()
+        if address != seen.info.address
+    ]
+
+
+def _layer_outputs(seen: Seen) -> set[int]:
+    return {call.gives for call in seen.calls() if call.gives is not None}
+
+
+def _is_states(seen: Seen, value: int) -> bool:
+    node = seen.graph.nodes[value]
+    return node.floating and len(node.shape) == 3
