@@ -23,7 +23,7 @@ from adapterkit.errors import (
     did_you_mean,
     listing,
 )
-from adapterkit.files import native, peft, reader
+from adapterkit.files import native, peft, reader, setups
 from adapterkit.files.assemble import assemble
 from adapterkit.inject.batch import refuse_override
 from adapterkit.inject.injector import cast, copy_head
@@ -148,9 +148,10 @@ class Kit(Mapping[str, Adapter]):
         replace: bool = False,
     ) -> Kit:
         """Add the adapters of a file; see `adapterkit.load`."""
-        contents = reader.read(
+        bundle = reader.read(
             source, self.blueprint, revision=revision, local_files_only=local_files_only, allow_bin=allow_bin
         )
+        contents = bundle.contents
         if name is not None and len(contents) != 1:
             found = listing(content.name for content in contents)
             raise ConfigError(
@@ -159,10 +160,20 @@ class Kit(Mapping[str, Adapter]):
         for content in contents:
             self._check_name(name or content.name, replace, isinstance(content.config, FusionConfig))
         made = [assemble(self.blueprint, content, name or content.name, head) for content in contents]
-        for new in made:
-            self._install(new.plan, new.draft, new.heads, new.poolers, activate, trainable)
-        for group in sharing.groups_in(contents):
-            self.share(*group)
+        before = set(self._adapters)
+        try:
+            for new in made:
+                self._install(
+                    new.plan, new.draft, new.heads, new.poolers, activate and not bundle.setup, trainable
+                )
+            for group in sharing.groups_in(contents):
+                self.share(*group)
+            if activate and bundle.setup is not None:
+                self.activate(bundle.setup)
+        except BaseException:
+            for own in [own for own in reversed(self._adapters) if own not in before]:
+                self.detach(own)
+            raise
         return self
 
     def _install(
@@ -505,16 +516,37 @@ class Kit(Mapping[str, Adapter]):
         directory: str | Path,
         name: str | None = None,
         *,
+        setup: Setup | None = None,
         head: Head_ = "auto",
         format: Literal["adapterkit", "adapterhub", "peft"] = "adapterkit",
     ) -> Path:
-        """Write one adapter to a directory. `name` may be left out if there is only one."""
+        """Write one adapter, or all that a setup names, to a directory.
+
+        `name` may be left out if there is only one.
+        """
+        if setup is not None:
+            return self._save_setup(Path(directory), name, setup, head, format)
         adapter = self[self._only(name)]
         if format == "peft":
             return peft.write(Path(directory), adapter, self.blueprint, head)
         if format == "adapterkit":
             return native.write(Path(directory), adapter, self.blueprint, head)
         raise ConfigError(Problem("bad-option", f"{format!r} is no format that can be written", "format"))
+
+    def _save_setup(self, directory: Path, name: str | None, setup: Setup, head: Head_, format: str) -> Path:
+        """Write a setup with its adapters.
+
+        Raises: CompositionError, NotAttachedError: it has no meaning here.
+        """
+        if name is not None or format != "adapterkit":
+            what = "a name" if name is not None else f"the format {format!r}"
+            raise ConfigError(Problem("bad-option", f"a setup is not saved with {what}", "setup"))
+        wanted = composition.read(setup)
+        assert wanted is not None
+        composition.check(wanted)
+        for own in composition.names(wanted):
+            self[own]  # that it is there
+        return setups.write(directory, wanted, self._adapters, self.blueprint, head)
 
     def swap(
         self, name: str, source: str | Path, *, revision: str | None = None, allow_bin: bool = False
@@ -526,7 +558,7 @@ class Kit(Mapping[str, Adapter]):
         self._refuse_merged("swap")
         found = reader.read(
             source, self.blueprint, revision=revision, local_files_only=False, allow_bin=allow_bin
-        )
+        ).contents
         if len(found) != 1:
             raise ConfigError(Problem("several-adapters", f"the file holds {len(found)} adapters", "source"))
         self._groups.refuse_shared(name, "swap")

@@ -12,7 +12,7 @@ from adapterkit.composition.blocks import (
     Split,
     Stack,
 )
-from adapterkit.composition.rules import check, copies, examples, names
+from adapterkit.composition.rules import blocks, check, copies, examples, names
 from adapterkit.composition.text import from_dict, parse, read, to_dict
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Setup",
     "Split",
     "Stack",
+    "blocks",
     "check",
     "copies",
     "examples",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from adapterkit.composition import Setup
 from adapterkit.methods.base import MethodConfig
 
 
@@ -30,3 +31,12 @@ class Content:
     source: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Base model, versions and the like, for messages."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything that a source holds: adapters, in an order in which they can be attached."""
+
+    contents: tuple[Content, ...]
+    setup: Setup | None = None
+    """How they act together, where the source says it."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from adapterkit.errors import FileFormatError, Problem, listing
-from adapterkit.files import adapterhub, manifest, native, peft
-from adapterkit.files.content import Content
+from adapterkit.files import adapterhub, manifest, native, peft, setups
+from adapterkit.files.content import Bundle, Content
 from adapterkit.files.disk import read_json, read_tensors
 from adapterkit.inject.state import is_manifest, slug, strip
 from adapterkit.model.blueprint import Blueprint
@@ -49,28 +49,24 @@ def locate(source: str | Path, revision: str | None, local_files_only: bool) -> 
     return Path(found)
 
 
+_KINDS = {
+    setups.CONFIG: "setup",
+    adapterhub.SETUP_CONFIG: "adapterhub_setup",
+    native.CONFIG: "",
+    adapterhub.FUSION_CONFIG: "adapterhub_fusion",
+    **dict.fromkeys((*_CHECKPOINTS, _INDEX), "checkpoint"),
+}
+"""File by which a directory is known -> its format; '' where the file itself has to be looked into."""
+
+
 def kind(directory: Path) -> str:
-    """Format of a directory: native, adapterhub, peft, checkpoint, or fusion for those of AdapterHub.
+    """Format of a directory: native, adapterhub, peft, checkpoint, or what else `_KINDS` has.
 
     Raises: FileFormatError: it is none of them.
     """
-    config = directory / native.CONFIG
-    if config.is_file():
-        data = read_json(config)
-        if data.get("format") == "adapterkit":
-            return "native"
-        if "peft_type" in data:
-            return "peft"
-        if adapterhub.recognises(data):
-            return "adapterhub"
-        known = "'format': 'adapterkit', or a config of AdapterHub or PEFT"
-        raise FileFormatError(
-            Problem("unknown-format", "no format that is known", expected=known, file=str(config))
-        )
-    if (directory / adapterhub.FUSION_CONFIG).is_file():
-        return "fusion"
-    if any((directory / name).is_file() for name in (*_CHECKPOINTS, _INDEX)):
-        return "checkpoint"
+    for name, found in _KINDS.items():
+        if (directory / name).is_file():
+            return found or _format(directory / name)
     names = listing(sorted(entry.name for entry in directory.iterdir()))
     message = f"holds no {native.CONFIG} and no checkpoint"
     raise FileFormatError(
@@ -78,24 +74,44 @@ def kind(directory: Path) -> str:
     )
 
 
+def _format(config: Path) -> str:
+    """Format of an adapter by its config."""
+    data = read_json(config)
+    if data.get("format") == "adapterkit":
+        return "native"
+    if "peft_type" in data:
+        return "peft"
+    if adapterhub.recognises(data):
+        return "adapterhub"
+    known = "'format': 'adapterkit', or a config of AdapterHub or PEFT"
+    raise FileFormatError(
+        Problem("unknown-format", "no format that is known", expected=known, file=str(config))
+    )
+
+
 def read(
     source: str | Path, blueprint: Blueprint, *, revision: str | None, local_files_only: bool, allow_bin: bool
-) -> list[Content]:
+) -> Bundle:
     """Everything that a source holds, in the words of adapterkit.
 
     Raises: FileFormatError.
     """
     directory = locate(source, revision, local_files_only)
-    found = kind(directory)
-    if found == "native":
-        return [native.read(directory)]
-    if found == "peft":
-        return [peft.read(directory, blueprint, allow_bin)]
-    if found == "adapterhub":
-        return [adapterhub.read(directory, blueprint, allow_bin)]
-    if found == "fusion":
-        return [adapterhub.read_fusion(directory, blueprint, allow_bin)]
-    return checkpoint(_checkpoint_tensors(directory, allow_bin), str(directory))
+    match kind(directory):
+        case "setup":
+            return setups.read(directory)
+        case "adapterhub_setup":
+            return adapterhub.read_setup(directory, blueprint, allow_bin)
+        case "adapterhub_fusion":
+            return Bundle((adapterhub.read_fusion(directory, blueprint, allow_bin),))
+        case "adapterhub":
+            return Bundle((adapterhub.read(directory, blueprint, allow_bin),))
+        case "native":
+            return Bundle((native.read(directory),))
+        case "peft":
+            return Bundle((peft.read(directory, blueprint, allow_bin),))
+    tensors = _checkpoint_tensors(directory, allow_bin)
+    return Bundle(tuple(checkpoint(tensors, str(directory))))
 
 
 def _checkpoint_tensors(directory: Path, allow_bin: bool) -> dict[str, torch.Tensor]:

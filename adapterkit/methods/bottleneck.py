@@ -52,6 +52,11 @@ class BottleneckConfig(BranchConfig):
         description="what x is; files of AdapterHub also have the normed input of the branch, and the stream "
         "with the attention beside it ('chained')",
     )
+    original_ln_first: bool = Field(
+        default=False,
+        description="the branch is first replaced by (the norm of) its sum with x; so are some adapters of "
+        "AdapterHub in blocks",
+    )
     swapped: bool = Field(
         default=False, description="branch and residual change places, as in some files of AdapterHub"
     )
@@ -127,6 +132,7 @@ class BottleneckConfig(BranchConfig):
             self.is_parallel
             or self.swapped
             or self.original_ln_before
+            or self.original_ln_first
             or self.residual_before_ln == "post_add"
             or not self.original_ln_after
         )
@@ -142,7 +148,7 @@ class BottleneckConfig(BranchConfig):
         own = self.residual_before_ln == "post_add" or (
             not self.residual_before_ln and self.original_ln_before
         )
-        return own and not (self.is_parallel or self.ln_after or self.swapped)
+        return own and not (self.is_parallel or self.ln_after or self.swapped or self.original_ln_first)
 
     def build(self, branch: Branch, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         return Bottleneck(branch, self, shared, generator)
@@ -263,14 +269,20 @@ class Bottleneck(Unmergeable):
         found: torch.Tensor = flow[f"{self.branch}~" if self.config.residual == "input" else self.branch]
         return found if self.beside is None else found + flow[self.beside]
 
+    def summed(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Branch and residual, through the model's own norm in post-norm models."""
+        return h + x if self.norm_forward is None else self.norm_forward(self.norm[0], h + x)
+
     def reads(self, h: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the bottleneck reads, and the adapter's own residual, for the branch h and the residual x."""
         config = self.config
         if config.is_parallel:
             return x, h
+        if config.original_ln_first:
+            h = self.summed(h, x)
         z = residual = h
         if config.original_ln_before:
-            z = h + x if self.norm_forward is None else self.norm_forward(self.norm[0], h + x)
+            z = self.summed(h, x)
         if config.residual_before_ln == "post_add":
             residual = h + x
         elif not config.residual_before_ln:

@@ -31,7 +31,8 @@ class SilenceConfig(MethodConfig):
             group = isinstance(place.module, nn.ModuleDict | nn.ModuleList)
             for name, module in place.module.named_children() if group else (("", place.module),):
                 own, path = (f"{text}.{name}".rstrip(".") for text in (address, place.path))
-                found[own] = replace(place, address=own, module=module, path=path)
+                # it belongs to the whole model: it is silent in layers that are skipped, too
+                found[own] = replace(place, address=own, module=module, path=path, layer=None)
         return found
 
     def select(self, blueprint: Blueprint) -> Selection:
@@ -43,6 +44,8 @@ class SilenceConfig(MethodConfig):
 
 class Silence(Unit):
     """y = 0 in place of what the host gives. Shapes: out (...) -> (...)."""
+
+    per_position = True
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
         return torch.zeros_like(out)

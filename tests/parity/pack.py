@@ -25,6 +25,7 @@ from tests.parity.recordings import (
     OTHERS,
     PREFIX,
     PROMPT,
+    SETUPS,
     Case,
     cases,
     unpacked,
@@ -32,16 +33,17 @@ from tests.parity.recordings import (
 
 LINEAR = r"lora_all|ia3_all"
 KEPT = {
-    "bert": rf"{LORA}|{BOTTLENECK}|{OTHERS}|{PROMPT}|{PREFIX}|{FUSE}",
+    "bert": rf"{LORA}|{BOTTLENECK}|{OTHERS}|{PROMPT}|{PREFIX}|{FUSE}|{SETUPS}",
     "albert": r"lora_all|seq_bn|seq_bn_inv|noreft|prompt_.*|prefix_tuning",  # layers that are run again
     "clip": r"lora_all|ia3_all|vera|double_seq_bn|seq_bn_inv|loreft|prefix_tuning",  # two towers
     "deberta": rf"{LORA}|prompt_tuning|prefix_gating|unipelt",  # fused per head, cut into thirds
     "distilbert": r"lora_all|double_seq_bn|prompt_tuning|prefix_tuning",
     # models in a model
-    "encoder-decoder": r"lora_all|vera|compacter|seq_bn_inv|bn_rf_map_leave_out|prefix_no_cross",
+    "encoder-decoder": r"lora_all|vera|compacter|seq_bn_inv|bn_rf_map_leave_out|prefix_no_cross|split"
+    "|stack_parallel",
     "gemma2": r"lora_all|double_seq_bn|par_bn_mh|fuse2_double|fuse_par",  # norms behind the branches
     # fused in blocks, transposed; norms before the branches
-    "gpt2": rf"{LORA}|bn_ob.*|compacter|prefix_leave_out|mam",
+    "gpt2": rf"{LORA}|bn_ob.*|compacter|prefix_leave_out|mam|parallel_lora|stack_prefix",
     "gptj": r"lora_all|bn_ob.*|par_bn_mh|adapterplus|unipelt|fuse2",  # branches beside one another
     # up and down are swapped
     "llama": rf"{LINEAR}|ia3_alpha2|merge_lora_all|seq_bn_inv|loreft|prefix_gating_unshared",
@@ -50,16 +52,16 @@ KEPT = {
     "phi": r"lora_all|seq_bn|par_bn|bn_obT_oaT_resF|compacter|union_two_bn",  # no residual at the MLP
     "qwen2": r"lora_all|bn_obT_oaT_resF",
     "t5": rf"{LINEAR}|lora_leave_out|lora_gating|dora_all|vera|bn_cross|compacter|seq_bn_inv|noreft"
-    "|prefix_tuning_flat|mam",
+    "|prefix_tuning_flat|mam|batch_split_lora|stack_parallel|multi_task_seq_bn",
     # other paths than then
     "vit": r"lora_all|dora_all|double_seq_bn|adapterplus|prompt_tuning|prefix_tuning",
-    "xmod": r"lora_all|seq_bn|double_seq_bn|adapterplus|bn_gating|prefix_tuning|noreft|fuse2",
+    "xmod": r"lora_all|seq_bn|double_seq_bn|adapterplus|bn_gating|prefix_tuning|noreft|fuse2|skip_layers.*",
     "whisper": r"lora_all|seq_bn_inv|bn_cross|prefix_no_encoder",
 }
 """Cases of the families that stand for a structure; of other families and classes, a few are kept."""
 ELSE = r"lora_all|double_seq_bn|prefix_tuning_flat"
 WITH_HEAD = r"lora|vera|seq_bn_inv"
-FACTS = ("attn", "merge", "setup")
+FACTS = ("attn", "merge", "setup", "skip_layers", "task_ids")
 
 
 def chosen(recording: Path) -> dict[str, list[Case]]:

@@ -32,11 +32,12 @@ BOTTLENECK = r"(double_)?seq_bn|(scaled_)?par_bn|par_bn_.*|bn_.*|adapterplus.*|c
 OTHERS = r"seq_bn_(inv.*|glow)|(lo|no|di)reft.*|union_.*"
 PROMPT = r"prompt_.*"
 PREFIX = r"mam|unipelt|prefix_.*"
-UNNORMED = r"adapterplus|bn_obT.*|bn_ob._oaF.*|bn_ln_both_resT|bn_gating|bn_rf_map_leave_out"
+UNNORMED = r"stack_mixed_cfg|adapterplus|bn_obT.*|bn_ob._oaF.*|bn_ln_both_resT|bn_gating|bn_rf_map_leave_out"
 FUSE = r"fuse.*"
 ALONE = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PROMPT, PREFIX)))
 """Cases of one adapter each."""
-METHODS = re.compile(f"{ALONE.pattern}|{FUSE}")
+SETUPS = r"(batch_)?split.*|stack.*|parallel.*|average.*|multi_task.*|mtl.*|skip_layers.*"
+METHODS = re.compile(f"{ALONE.pattern}|{FUSE}|{SETUPS}")
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,16 @@ def refusal(case: Case) -> str | None:
         return "not-reproducible"  # they leave out the norm of the sum, or that of the language adapters
     if re.fullmatch(PROMPT, case.name) and case.family in ("deberta", "deberta-v2", "distilbert"):
         return "not-reproducible"  # masks behind the place of the prompt, or prompts that attend to padding
-    if re.fullmatch(PREFIX, case.name) and case.family in ("t5", "mt5"):
+    if re.fullmatch(rf"{PREFIX}|.*_(prefix|mam)", case.name) and case.family in ("t5", "mt5"):
         return "not-reproducible"  # the position bias of the tokens is shifted
     if case.family == "whisper" and case.name.startswith("seq_bn_inv"):
         return "not-reproducible"  # theirs is not behind the embeddings, but behind the whole encoder
+    if re.fullmatch(r"stack_inv|stack_(.*_)?reft|.*_prefix_len", case.name):
+        return (
+            "not-reproducible"  # theirs takes that of the first adapter alone, or fills shorter prefixes up
+        )
+    if case.family == "encoder-decoder" and case.name == "stack_parallel":
+        return "not-reproducible"  # theirs repeats the batch twice
     if case.name == "fuse_stacks":
         return "bad-setup"  # the children of a fusion are adapters here
     if case.family == "xmod" and re.fullmatch(FUSE, case.name):

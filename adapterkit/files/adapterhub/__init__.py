@@ -3,5 +3,7 @@
 from adapterkit.files.adapterhub.fusion import CONFIG as FUSION_CONFIG
 from adapterkit.files.adapterhub.fusion import read as read_fusion
 from adapterkit.files.adapterhub.reader import read, recognises
+from adapterkit.files.adapterhub.setup import CONFIG as SETUP_CONFIG
+from adapterkit.files.adapterhub.setup import read as read_setup
 
-__all__ = ["FUSION_CONFIG", "read", "read_fusion", "recognises"]
+__all__ = ["FUSION_CONFIG", "SETUP_CONFIG", "read", "read_fusion", "read_setup", "recognises"]

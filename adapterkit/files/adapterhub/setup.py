@@ -1,0 +1,229 @@
+"""A directory with a setup of theirs: `adapter_setup.json`, and a directory for each adapter and fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.composition import (
+    Average,
+    Block,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Setup,
+    Stack,
+    blocks,
+    from_dict,
+    names,
+)
+from adapterkit.errors import CompositionError, FileFormatError, Problem
+from adapterkit.files.adapterhub import fusion, reader
+from adapterkit.files.content import Bundle, Content
+from adapterkit.files.disk import read_json
+from adapterkit.methods.base import MethodConfig
+from adapterkit.methods.bottleneck import BottleneckConfig
+from adapterkit.methods.invertible import InvertibleConfig
+from adapterkit.methods.lora import LoRAConfig
+from adapterkit.methods.mtl_lora import MTLLoRAConfig
+from adapterkit.methods.prefix import PrefixTuningConfig
+from adapterkit.methods.prompt import PromptTuningConfig
+from adapterkit.methods.reft import ReFTConfig
+from adapterkit.methods.union import UnionConfig
+from adapterkit.methods.vera import VeRAConfig
+from adapterkit.model.blueprint import Blueprint
+
+CONFIG = "adapter_setup.json"
+_LOW_RANK = (LoRAConfig, MTLLoRAConfig, VeRAConfig)
+Methods = Mapping[str, tuple[MethodConfig, ...]]
+_FIRST_ONLY = (ReFTConfig, InvertibleConfig, PromptTuningConfig)
+"""Of these, theirs runs the one of the first adapter of a setup, for all examples, and no other."""
+
+
+def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Bundle:
+    """The adapters, fusions and the setup in a directory of AdapterHub.
+
+    Raises: FileFormatError: with everything that is unknown, missing or cannot be reproduced.
+    """
+    file = directory / CONFIG
+    data = read_json(file)
+    try:
+        setup = from_dict(_plain(data.get("adapter_setup")))
+    except CompositionError as error:
+        raise FileFormatError(replace(problem, file=str(file)) for problem in error.problems) from None
+    fusions = {block.name: block for block in blocks(setup) if isinstance(block, Fuse)}
+    contents = {}
+    for name in sorted(names(setup), key=lambda name: name in fusions):
+        if name in fusions:
+            found = fusion.read(_inside(directory, _their_name(fusions[name])), blueprint, allow_bin)
+        else:
+            found = reader.read(_inside(directory, name), blueprint, allow_bin)
+        contents[name] = replace(found, name=name)
+    try:
+        problems = [*refusals(setup, contents), *_in_parts(setup, blueprint)]
+        if problems:
+            raise FileFormatError(problems)
+        contents = repeated(setup, contents)
+    except FileFormatError as error:
+        raise FileFormatError(replace(problem, file=str(file)) for problem in error.problems) from None
+    if data.get("head_setup"):
+        first = next(iter(contents))
+        contents[first] = replace(contents[first], heads={"heads": {}})
+    return Bundle(tuple(contents.values()), setup)
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The directory of an adapter; a name leads nowhere else."""
+    if Path(name).name != name:
+        raise FileFormatError(Problem("bad-file", f"{name!r} is no name", file=str(directory / CONFIG)))
+    return directory / name
+
+
+def _their_name(block: Fuse) -> str:
+    return ",".join(block.children) if block.name == "+".join(block.children) else block.name
+
+
+def _plain(data: Any) -> Any:
+    """Their data as ours: {"type": ..., "children": [...], "kwargs": {...}}, where 'single' is a name."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("children"), list):
+        return data
+    children = [_plain(child) if isinstance(child, Mapping) else child for child in data["children"]]
+    if data.get("type") == "single" and len(children) == 1:
+        return children[0]
+    return {**data.get("kwargs", {}), "block": data.get("type"), "children": children}
+
+
+def refusals(setup: Setup, contents: Mapping[str, Content]) -> Iterator[Problem]:
+    """What their library computes in another way than the setup says (adapters 1.3.0)."""
+    methods = {name: tuple(_methods(content.config)) for name, content in contents.items()}
+    for block in blocks(setup):
+        word, inside = type(block).__name__, [methods[name] for name in names(block) if name in methods]
+        if isinstance(block, Average):
+            yield _problem(
+                f"{word} of AdapterHub divides the weighted sum by the number of adapters once more"
+            )
+        if isinstance(block, Stack) and _many(inside, _LOW_RANK) > 1:
+            yield _problem(f"a {word} of AdapterHub gives the result of one LoRA to the next, and drops it")
+        parallel = {m.is_parallel for own in inside for m in own if isinstance(m, BottleneckConfig)}
+        if isinstance(block, Stack) and len(parallel) > 1:
+            yield _problem(
+                f"a {word} of AdapterHub loses a part where it mixes parallel and sequential adapters"
+            )
+        yield from _around(block, [m for own in inside for m in own if isinstance(m, BottleneckConfig)])
+        lengths = {m.prefix_length for own in inside for m in own if isinstance(m, PrefixTuningConfig)}
+        if not isinstance(block, Stack | Fuse) and len(lengths) > 1:
+            yield _problem(
+                f"{word} of AdapterHub fills shorter prefixes up with the number of the padding token"
+            )
+        if isinstance(block, MultiTask) and any(isinstance(child, Fuse) for child in block.children):
+            yield _problem(f"{word} of AdapterHub does not compute a Fuse")
+    whole = first(setup)
+    for name, own in methods.items():
+        if name != whole and any(isinstance(method, _FIRST_ONLY) for method in own):
+            message = (
+                f"AdapterHub computes ReFT, prompts and invertible adapters of {first(setup, True)!r} alone"
+            )
+            yield _problem(f"{message}, not those of {name!r}")
+
+
+def _around(block: Block, configs: list[BottleneckConfig]) -> Iterator[Problem]:
+    """What a block of theirs does before and after its bottlenecks, once for all of them.
+
+    Before them is what the first one reads, after them what the last one does about the residual.
+    """
+    if isinstance(block, Fuse) or not configs:
+        return
+    before = {(config.original_ln_before, config.residual_before_ln) for config in configs}
+    if len({config.original_ln_after for config in configs}) > 1 or (
+        not isinstance(block, Stack) and len(before) > 1
+    ):
+        word = type(block).__name__
+        yield _problem(f"{word} of AdapterHub treats adapters with different norms and residuals alike")
+
+
+def prepared(setup: Setup, methods: Methods, before: int = 0) -> Iterator[tuple[str, int]]:
+    """Adapters with bottlenecks, and how often theirs adds the residual before them.
+
+    Each block but Stack and Fuse does it for what it holds, MultiTask twice, and a Stack for each of its
+    adapters; the first of a Stack takes what was done before.
+    """
+    if isinstance(setup, Fuse):
+        return
+    if not isinstance(setup, Block):
+        yield setup, before
+        return
+    own = 0 if isinstance(setup, Stack) else 2 if isinstance(setup, MultiTask) else 1
+    for child in setup.children:
+        if not any(isinstance(m, BottleneckConfig) for name in names(child) for m in methods.get(name, ())):
+            continue
+        alone = isinstance(setup, Stack) and not isinstance(child, Block)
+        yield from prepared(child, methods, before + own + alone)
+        before = 0 if isinstance(setup, Stack) else before
+
+
+def repeated(setup: Setup, contents: Mapping[str, Content]) -> dict[str, Content]:
+    """The adapters with the option that adds the residual once more, where theirs does.
+
+    Raises: FileFormatError: it does it in another way than the option.
+    """
+    methods = {name: tuple(_methods(content.config)) for name, content in contents.items()}
+    counts: dict[str, set[int]] = {}
+    for name, count in prepared(setup, methods) if isinstance(setup, Block) else ():
+        counts.setdefault(name, set()).add(count)
+    found = dict(contents)
+    bottlenecks = [m for name in counts for m in methods[name] if isinstance(m, BottleneckConfig)]
+    reads = any(config.original_ln_before and not config.is_parallel for config in bottlenecks)
+    if not reads or all(numbers == {1} for numbers in counts.values()):
+        return found
+    where = {(config.locations, config.layers, config.leave_out) for config in bottlenecks}
+    for name, numbers in counts.items():
+        if numbers - {1, 2} or len(numbers) > 1 or len(where) > 1:
+            message = (
+                f"AdapterHub adds the residual more than once before {name!r}, in a way that is not supported"
+            )
+            raise FileFormatError(_problem(message))
+        if numbers == {2}:
+            found[name] = replace(found[name], config=_first(found[name].config))
+    return found
+
+
+def _first(config: MethodConfig) -> MethodConfig:
+    if isinstance(config, UnionConfig):
+        return config.replace(configs=tuple(_first(member) for member in config.configs))
+    return config.replace(original_ln_first=True) if isinstance(config, BottleneckConfig) else config
+
+
+def first(setup: Setup, anywhere: bool = False) -> str | None:
+    """The first adapter; none if it acts on a part of the examples only, but `anywhere`."""
+    while isinstance(setup, Block):
+        if not anywhere and not isinstance(setup, Stack):
+            return None
+        setup = setup.children[0]
+    return setup
+
+
+def _in_parts(setup: Setup, blueprint: Blueprint) -> Iterator[Problem]:
+    """What theirs computes otherwise in a model that is made of others."""
+    repeats = any(isinstance(block, Parallel) for block in blocks(setup))
+    if repeats and any("/" in stack for stack in blueprint.stacks):
+        yield _problem(
+            "Parallel of AdapterHub repeats the batch in each of the models that this one is made of"
+        )
+
+
+def _many(inside: list[tuple[MethodConfig, ...]], kinds: tuple[type[MethodConfig], ...]) -> int:
+    return sum(any(isinstance(method, kinds) for method in own) for own in inside)
+
+
+def _methods(config: MethodConfig) -> Iterator[MethodConfig]:
+    if isinstance(config, UnionConfig):
+        for member in config.configs:
+            yield from _methods(member)
+    else:
+        yield config
+
+
+def _problem(message: str) -> Problem:
+    return Problem("not-reproducible", message)

@@ -1,0 +1,99 @@
+"""AdapterHub's setups: what theirs computes in another way is refused, or becomes an option."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapterkit as ak
+from adapterkit.errors import FileFormatError
+from adapterkit.files.adapterhub.setup import refusals
+from adapterkit.files.content import Content
+from adapterkit.methods.names import parse
+from tests.parity.compare import base, setup_directory
+from tests.parity.recordings import COMPACT, Case
+
+REFUSED: list[tuple[Any, tuple[str, ...], str]] = [
+    (ak.Average("a", "b"), ("seq_bn", "seq_bn"), "once more"),
+    (ak.Stack("a", "b"), ("lora", "dora"), "one LoRA to the next"),
+    (ak.Stack("a", "b"), ("seq_bn", "par_bn"), "mixes parallel"),
+    (ak.Parallel("a", "b"), ("prefix_tuning[prefix_length=3]", "prefix_tuning"), "shorter prefixes"),
+    (ak.Stack("a", "b"), ("seq_bn", "noreft"), "not those of 'b'"),
+    (ak.BatchSplit("a", "b", batch_sizes=[1, 1]), ("loreft", "lora"), "not those of 'a'"),
+    (ak.Stack("a", "b"), ("seq_bn_inv", "seq_bn_inv"), "not those of 'b'"),
+    (ak.Parallel("a", "b"), ("seq_bn", "double_seq_bn"), "alike"),
+    (ak.Stack("a", "b"), ("seq_bn", "seq_bn[original_ln_after=false]"), "alike"),
+]
+
+
+@pytest.mark.parametrize(("setup", "methods", "words"), REFUSED, ids=str)
+def test_what_is_computed_in_another_way(setup: Any, methods: tuple[str, ...], words: str) -> None:
+    contents = {name: Content(name, parse(method), {}) for name, method in zip("ab", methods, strict=True)}
+    found = list(refusals(setup, contents))
+    assert {problem.code for problem in found} == {"not-reproducible"}
+    assert any(words in problem.message for problem in found)
+
+
+def test_what_is_the_same_is_not_refused() -> None:
+    for setup, methods in (
+        (ak.Stack("a", "b"), ("ia3", "ia3")),
+        (ak.Stack("a", "b"), ("seq_bn_inv", "double_seq_bn")),
+        (ak.Parallel("a", "b"), ("lora", "lora")),
+        (ak.Stack("a", "b"), ("prefix_tuning[prefix_length=3]", "prefix_tuning")),
+    ):
+        contents = {n: Content(n, parse(method), {}) for n, method in zip("ab", methods, strict=True)}
+        assert not list(refusals(setup, contents))
+
+
+def nested(work: Path, setup: Any) -> Path:
+    """The recorded adapters a, b and c in another setup."""
+    return setup_directory(Case(COMPACT, "bert", "BertModel", "parallel_stack"), work, setup)
+
+
+def test_the_residual_that_is_added_twice_is_an_option(tmp_path: Path) -> None:
+    case = Case(COMPACT, "bert", "BertModel", "parallel_stack")
+    setup = {"type": "Parallel", "children": [{"type": "Stack", "children": ["a", "b"]}, "c"]}
+    kit = ak.load(base(case, "eager"), nested(tmp_path, setup), head=False)
+    options = {name: getattr(kit[name].config, "original_ln_first", None) for name in kit}
+    assert options == {"a": True, "b": False, "c": False}
+    assert kit.active == ak.Parallel(ak.Stack("a", "b"), "c")
+
+
+def block(word: str, *children: Any) -> dict[str, Any]:
+    return {"type": word, "children": list(children)}
+
+
+INNER = block("Stack", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("setup", "code"),
+    [
+        (block("MultiTask", INNER, "c"), "not-reproducible"),  # before 'a' it is added three times
+        (block("Stack", block("Parallel", INNER, "a")), "not-reproducible"),  # once and twice before 'a'
+        (block("Pile", "a", "b"), "bad-setup"),
+        (block("Stack", "../a"), "bad-file"),
+        (block("Stack", "z"), "bad-file"),
+    ],
+)
+def test_setups_that_are_refused(setup: dict[str, Any], code: str, tmp_path: Path) -> None:
+    model = base(Case(COMPACT, "bert", "BertModel", "parallel_stack"), "eager")
+    directory = nested(tmp_path, setup)
+    with pytest.raises(FileFormatError) as caught:
+        ak.load(model, directory, head=False)
+    assert caught.value.code == code
+    assert "_adapterkit" not in model.__dict__
+
+
+def test_their_heads_are_not_dropped_in_silence(tmp_path: Path) -> None:
+    directory = nested(tmp_path, {"type": "Stack", "children": ["a", "b"]})
+    file = directory / "adapter_setup.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "head_setup": "mood"}))
+    model = base(Case(COMPACT, "bert", "BertModel", "parallel_stack"), "eager")
+    with pytest.raises(FileFormatError) as caught:
+        ak.load(model, directory)
+    assert caught.value.code == "head-unknown"
+    assert len(ak.load(model, directory, head=False)) == 2
