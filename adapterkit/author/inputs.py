@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 BATCH, SEQ, DECODER_SEQ, FRAMES = 2, 7, 5, 2
 FIRST_WORD, LAST_WORD = 5, 60
-TRIES, ASKED = 48, 3
+TRIES, ASKED = 60, 3
 
 _SUB = "model_type"
 Inputs = dict[str, Any]
@@ -181,6 +182,11 @@ class Drawer:
             return torch.zeros(BATCH, length, numbers, dtype=torch.long if numbers == 4 else torch.float)
         if name == "image_sizes":
             return torch.tensor([list(self._side())] * BATCH)
+        if name.startswith("visual_"):
+            size = 4 if name.endswith("pos") else self.find("visual_feat_dim", "visual_embedding_dim")
+            return None if size is None else self._floats(BATCH, FRAMES, size)
+        if name == "spatial_shapes":
+            return torch.tensor([[2, 2]] * BATCH)
         if name.endswith("ids"):
             return self._ids(BATCH, length)
         if name.endswith(("embeds", "states", "features", "embeddings")):
@@ -241,15 +247,34 @@ class Drawer:
     def _media(self) -> Iterator[list[Callable[[], Inputs]]]:
         """For each kind of media that the forward takes, the forms it may have."""
         if "pixel_values" in self.names:
-            yield [form for form in (self._patches, self._image, self._film, self._tiles, self._flat_image)]
-        for name in ("input_features", "input_values", "audio_values", "audio_input_features"):
+            rows = [partial(self._patches, frames, flat) for frames in (0, 1, 2) for flat in (True, False)]
+            yield [*rows, self._packed, self._image, self._film, self._tiles, self._flat_image]
+        elif "pixel_values_videos" in self.names:
+            yield [self._video]
+        for name in ("input_features", "input_values", "audio_values", "audio_input_features", "audio_mel"):
             if name in self.names:
                 yield [*self._sounds(name)]
         if "grid_thw" in self.names and "hidden_states" in self.names:
-            yield [self._patches]
+            yield [partial(self._patches, frames, True) for frames in (0, 1, 2)]
         for name in ("query_embeds", "flattened_patches", "past_values", "inputs_embeds", "hidden_states"):
             if name in self.required:
                 yield [lambda name=name: {name: self._floats(BATCH, SEQ, self._width())}]  # type: ignore[misc]
+
+    def _video(self) -> Inputs:
+        frames = self.find("num_frames", "frames_per_clip", "frames") or FRAMES
+        shape = (BATCH, min(frames, 4 * FRAMES), self._channels(), *self._side())
+        return {"pixel_values_videos": self._floats(*shape)}
+
+    def _packed(self) -> Inputs:
+        """Patches of each image in a row of its own, with their grid."""
+        if "spatial_shapes" not in self.names:
+            return {}
+        patch, count = self.find("patch_size") or 16, 4
+        return {
+            "pixel_values": self._floats(BATCH, count, self._channels() * patch * patch),
+            "pixel_attention_mask": torch.ones(BATCH, count, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[2, 2]] * BATCH),
+        }
 
     def _channels(self) -> int:
         vision = self.find("num_channels", "in_channels", "in_chans", "channels", "num_image_channels")
@@ -282,26 +307,36 @@ class Drawer:
             inputs["image_sizes"] = torch.tensor([list(self._side())] * BATCH)
         return inputs
 
-    def _patches(self) -> Inputs:
-        """Patches of all images in one row, with the grid that each image has."""
+    def _patches(self, frames: int = 0, flat: bool = True) -> Inputs:
+        """Patches of all images in one row, with the grid that each image has.
+
+        Args: frames: in one patch, 0: as the config says. flat: a patch is a row of numbers.
+        """
         if "image_grid_thw" not in self.names and "grid_thw" not in self.names:
             return {}
         name = "pixel_values" if "pixel_values" in self.names else "hidden_states"
+        said = "image_grid_thw" if "image_grid_thw" in self.names else "grid_thw"
         patch = self.find("patch_size") or 14
         merge = self.find("spatial_merge_size", "merge_size") or 2
-        frames = self.find("temporal_patch_size") or 1
-        side = merge * 2
-        width = self._channels() * frames * patch * patch
-        grid = torch.tensor([[1, side, side]] * BATCH)
-        said = "image_grid_thw" if "image_grid_thw" in self.names else "grid_thw"
-        return {name: self._floats(BATCH * side * side, width), said: grid}
+        frames = frames or self.find("temporal_patch_size") or 1
+        side = merge * 2 if isinstance(merge, int) else 4
+        shape = (self._channels(), patch, patch)
+        size = (self._channels() * frames * patch * patch,) if flat else shape
+        inputs: Inputs = {name: self._floats(BATCH * side * side, *size)}
+        inputs[said] = torch.tensor([[1, side, side]] * BATCH)
+        if "merge_sizes" in self.names:
+            inputs["merge_sizes"] = torch.full((BATCH,), merge)
+        return inputs
 
     def _sounds(self, name: str) -> Iterator[Callable[[], Inputs]]:
         bins = (
             self.find("num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim") or 80
         )
         long = 2 * (self.find("max_source_positions") or 64)
+        most = self.find("max_length", "spec_size") or 256
         for shape in (
+            (BATCH, most, bins),
+            (BATCH, 1, most, bins),
             (BATCH, bins, long),
             (BATCH, long, bins),
             (BATCH, 100, bins),

@@ -38,16 +38,19 @@ class Way:
     """Make images small as well."""
     layers: int = LAYERS
     heads: bool = True
+    fill: bool = False
+    """Give a value to what a default config leaves open, although its model needs it."""
 
 
 WAYS = (
     Way(),
+    Way(fill=True),
     Way(own_head_dim=False),
     Way(hidden=64, other=(96, 32)),
-    Way(hidden=64, other=(96, 32), own_head_dim=False, images=False),
-    Way(equal=True),
+    Way(hidden=64, other=(96, 32), own_head_dim=False, images=False, fill=True),
+    Way(equal=True, fill=True),
     Way(scale=16),
-    Way(scale=8, images=False),
+    Way(scale=8, images=False, fill=True),
     Way(scale=4, heads=False),
     Way(scale=1, heads=False, images=False),
     Way(scale=1, heads=False, images=False, layers=4),
@@ -59,7 +62,7 @@ _HIDDEN = re.compile(
 )
 _WIDTH = re.compile(
     r"(^|_)(dim|dims|size|sizes|width|channels|chans|inner|ffn|embd|ff|rank|state|filters|features|d_model|d_inner|d_state"
-    r"|planes|units)($|_)"
+    r"|planes|units|latents)($|_)"
 )
 _NO_WIDTH = re.compile(
     r"(^|_)(image|patch|kernel|window|vocab|chunk|batch|pool|grid|merge|block|sample|crop|stride|buffer|codebook|"
@@ -151,7 +154,9 @@ class Shrinker:
         Raises: whatever the class says against it.
         """
         held = {name: vars(config)[name] for name in names(config)}
-        new = {name: self.shrink(value) if hasattr(value, _SUB) else value for name, value in held.items()}
+        new: dict[str, Any] = {
+            name: self.shrink(value) if hasattr(value, _SUB) else value for name, value in held.items()
+        }
         new |= self._layers(held)
         heads = self._heads(held)
         for name, value in held.items():
@@ -159,6 +164,8 @@ class Shrinker:
                 new[name] = self._value(name, value, held)
         new |= heads
         new |= self._head_dims(held, new)
+        if self.way.fill:
+            new |= _filled(held, new)
         rope = new.get("rope_parameters")
         if isinstance(rope, Mapping):
             new["rope_parameters"] = _rope(rope, held, new)
@@ -251,8 +258,12 @@ class Shrinker:
             return self.ids.get(value, value)
         if "vocab" in name or name.endswith(("codebook_size", "num_embeddings")):
             return min(value, VOCAB)
-        if _is_width(name, value):
-            return self.widths[value]
+        if _is_width(name, value) or (name.endswith("groups") and value in self.widths):
+            return self.widths.get(value, value)
+        if name.endswith("num_queries"):
+            return min(value, WINDOW)
+        if name.endswith("context_size"):
+            return min(value, POSITIONS // 2)
         if "expert" in name or "top_k" in name or "topk" in name or name in ("n_group", "moe_k"):
             return _expert(name, value)
         if _POSITIONS.search(name):
@@ -269,6 +280,28 @@ class Shrinker:
         if name.endswith("_offset"):
             return min(value, 1)
         return value
+
+
+def _filled(held: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for fields that are open, by their names."""
+    numbers = {n: v for n, v in new.items() if isinstance(v, int) and not isinstance(v, bool)}
+    hidden = next((v for n, v in numbers.items() if _HIDDEN.search(n)), 0)
+    heads = next((v for n, v in numbers.items() if _HEAD.search(n) and not _HEAD_DIM.search(n)), 0)
+    layers = next((v for n, v in numbers.items() if _is_count(n, v)), LAYERS)
+    values = {
+        "head_dim": hidden // heads if heads else None,
+        "num_key_value_heads": heads or None,
+        "vocab_size": VOCAB,
+        "sliding_window": WINDOW,
+        "prediction_length": WINDOW,
+        "num_experts_per_tok": CHOSEN,
+        "n_group": 1,
+        "topk_group": 1,
+        "layer_types": ["full_attention"] * layers,
+        "image_token_id": FIRST_SPECIAL,
+        "image_token_index": FIRST_SPECIAL,
+    }
+    return {name: value for name, value in values.items() if name in held and new[name] is None and value}
 
 
 def _akin(one: str, other: str) -> bool:
