@@ -10,7 +10,9 @@ from torch import nn
 
 from adapterkit.author.describe import Describer, Notes, Scene, Words, arguments
 from adapterkit.author.graph import Call
-from adapterkit.author.stacks import StackFacts, light_ahead
+from adapterkit.author.layers import LayerFacts
+from adapterkit.author.sizes import missing_sizes
+from adapterkit.author.stacks import StackFacts, column, light_ahead
 from adapterkit.spec.schema import Inputs
 
 _ALIGNED = ("token_type_ids", "bbox")
@@ -65,24 +67,23 @@ class Column:
 
     def _glob(self) -> str:
         path = self.facts.path
-        return path[len(self.root) + 1 :] if self.root else path
+        path = path[len(self.root) + 1 :] if self.root else path
+        return f"{path}.*" if path.endswith("*") else path  # lists in a list
 
     @property
     def config(self) -> Any:
         """The config that speaks of this stack."""
         whole = getattr(self.scene.modules[base_path(self.scene.model)], "config", None)
-        name = self._config_name()
-        return getattr(whole, name) if name else whole
+        own = getattr(self.scene.modules[self.root], "config", None)
+        return own if own is not None and self._config_name() is not None else whole
 
     def _config_name(self) -> str | None:
-        """Name of the sub-config that belongs to the stack's root."""
+        """Name of the sub-config that belongs to the stack's root; dotted, if it is further in."""
         whole = getattr(self.scene.modules[base_path(self.scene.model)], "config", None)
-        module = self.scene.modules[self.root]
-        own = getattr(module, "config", None)
+        own = getattr(self.scene.modules[self.root], "config", None)
         if own is None or own is whole or whole is None:
             return None
-        names = [name for name, value in vars(whole).items() if value is own]
-        return names[0] if names else None
+        return _path_of(whole, own)
 
     # ----------------------------------------------------------------------------------- the near end
 
@@ -175,7 +176,7 @@ class Column:
 
     def _layers(self) -> Words:
         once = {facts.call.path: facts for facts in reversed(self.facts.layers)}
-        layers = [once[path] for path in dict.fromkeys(f.call.path for f in self.facts.layers)]
+        layers = sorted(once.values(), key=lambda facts: facts.call.index)
         parallel = [
             one.is_parallel for one in layers if {b.kind for b in one.branches} >= {"attention", "mlp"}
         ]
@@ -187,24 +188,21 @@ class Column:
             said |= _share_norm(told)
         elif any(parallel):
             self.notes.gap((*self.loc, "block"), "some layers are parallel and some are not")
-        self._sizes(describer, layers[0], told)
+        self._sizes(describer, layers, told)
         for word in ("attention", "mlp"):
             if not any(word in one for one in told):
                 self.notes.gap((*self.loc, word), f"no layer has a branch of the kind {word}")
         return said | kinds_of(self, told)
 
-    def _sizes(self, describer: Describer, facts: Any, told: list[Words]) -> None:
+    def _sizes(self, describer: Describer, layers: list[LayerFacts], told: list[Words]) -> None:
         """Head counts, where neither the config's usual fields nor the core show what was observed."""
-        from adapterkit.author.sizes import missing_sizes
-
-        for branch in facts.branches:
-            if not branch.events or branch.events[-1].kind == "whole":
-                continue
-            for one in told:
-                if branch.kind in one:
-                    found = missing_sizes(self, describer, branch, one[branch.kind])
+        for facts, words in zip(layers, told, strict=True):
+            for branch in facts.branches:
+                own = words.get(branch.kind)
+                if own is not None and branch.events and branch.events[-1].kind != "whole":
+                    found = missing_sizes(self, describer, facts, branch, own)
                     if found:
-                        one[branch.kind]["sizes"] = found
+                        own["sizes"] = found
 
     # ------------------------------------------------------------------------------------- the far end
 
@@ -269,6 +267,21 @@ def base_path(model: nn.Module) -> str:
 def _is_norm_elsewhere(call: Call) -> bool:
     """What is an identity in this config, and by its name a norm in others."""
     return call.kind == "Identity" and "norm" in call.path.rpartition(".")[2].lower()
+
+
+def _path_of(config: Any, wanted: Any) -> str | None:
+    """Where a config lies in another."""
+    inner: dict[str, Any] = {
+        name: value for name, value in vars(config).items() if hasattr(value, "model_type")
+    }
+    for name, value in inner.items():
+        if value is wanted:
+            return str(name)
+    for name, value in inner.items():
+        found = _path_of(value, wanted)
+        if found is not None:
+            return f"{name}.{found}"
+    return None
 
 
 def _made_of(column: Column, value: int, read: Column) -> bool:
@@ -345,18 +358,18 @@ def _items(config: Any) -> Iterable[tuple[str, Any]]:
 
 def columns(scene: Scene, notes: Notes) -> list[Column]:
     """The observed columns with their names and roots."""
-    facts = list(scene.seen.stacks)
+    facts = [_whole(scene, one) for one in scene.seen.stacks]
     base = base_path(scene.model)
     paths = [one.path for one in facts]
     found: list[Column] = []
-    for one in facts:
-        root = base if len(facts) == 1 else _root(one.path, [p for p in paths if p != one.path], base)
-        found.append(Column(scene, one, "", root, notes))
+    for seen in facts:
+        root = base if len(facts) == 1 else _root(seen.path, [p for p in paths if p != seen.path], base)
+        found.append(Column(scene, seen, "", _owner(scene, seen.path, root), notes))
     names: dict[str, int] = {}
-    for column in found:
-        name = _name(column, len(found))
+    for one in found:
+        name = _name(one, len(found))
         names[name] = names.get(name, 0) + 1
-        column.name = name if names[name] == 1 else f"{name}{names[name]}"
+        one.name = name if names[name] == 1 else f"{name}{names[name]}"
     return found
 
 
@@ -371,6 +384,42 @@ def _root(path: str, others: list[str], base: str) -> str:
         if not any(other == outer or other.startswith(f"{outer}.") for other in others):
             return outer
     return base
+
+
+def _whole(scene: Scene, facts: StackFacts) -> StackFacts:
+    """The column with those layers of its list that compute no attention: they are of another kind."""
+    if "*" in facts.path:
+        return facts
+    known = {one.call.index for one in facts.layers}
+    paths = [f"{facts.path}.{name}" for name, _ in scene.modules[facts.path].named_children()]
+    calls = [call for path in paths for call in scene.graph.calls_of(path) if call.index not in known]
+    more = [one for one in map(scene.seen.layer, calls) if one.branches]
+    if not more:
+        return facts
+    layers = sorted((*facts.layers, *more), key=lambda one: one.call.index)
+    return column(scene.graph, facts.path, tuple(layers))
+
+
+def _owner(scene: Scene, path: str, root: str) -> str:
+    """The module that has the config of these layers, if that is further in."""
+    whole = getattr(scene.modules[root], "config", None)
+    parts = path.split(".")
+    for count in range(len(parts) - 1, len(root.split(".")) if root else 0, -1):
+        outer = ".".join(parts[:count])
+        config = getattr(scene.modules.get(outer), "config", None)
+        if config is not None and config is not whole and hasattr(config, "model_type"):
+            return _outermost(scene, parts, count, config, root)
+    return root
+
+
+def _outermost(scene: Scene, parts: list[str], count: int, config: Any, root: str) -> str:
+    """The outermost module on the way that has this config."""
+    start = len(root.split(".")) if root else 0
+    for size in range(start + 1, count + 1):
+        outer = ".".join(parts[:size])
+        if getattr(scene.modules.get(outer), "config", None) is config:
+            return outer
+    return ".".join(parts[:count])
 
 
 _WORDS: Mapping[str, tuple[str, ...]] = {

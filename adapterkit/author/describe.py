@@ -16,7 +16,7 @@ from adapterkit.author.graph import Call, Graph, Projection
 from adapterkit.author.layers import BranchFacts, LayerFacts
 from adapterkit.author.observe import Observation
 from adapterkit.model import linear
-from adapterkit.spec.vocabulary import RESERVED
+from adapterkit.spec.vocabulary import RESERVED, SUBLAYERS
 
 Words = dict[str, Any]
 
@@ -88,16 +88,33 @@ class Describer:
     def layer(self, facts: LayerFacts) -> Words:
         """Sublayers of one layer by name."""
         found: Words = {}
-        for branch in facts.branches:
-            if branch.kind in found:
-                what = branch.projection.path if branch.projection else "something"
-                self.notes.gap(
-                    (*self.loc, branch.kind), f"{facts.call.path}: {what} is a further {branch.kind}"
-                )
-                continue
+        chosen = self._chosen(facts)
+        for branch in chosen.values():
             found[branch.kind] = self._branch(facts.call, branch)
-        self._extras(facts, found)
+        self._extras(facts, chosen, found)
         return {word: found[word] for word in ("attention", "cross_attention", "mlp") if word in found}
+
+    def _chosen(self, facts: LayerFacts) -> dict[str, BranchFacts]:
+        """One branch of each kind; of several MLPs the first behind attention that is no convolution."""
+        found: dict[str, BranchFacts] = {}
+        attending = [i for i, branch in enumerate(facts.branches) if branch.kind != "mlp"]
+        for kind in SUBLAYERS:
+            own = [(i, branch) for i, branch in enumerate(facts.branches) if branch.kind == kind]
+            if not own:
+                continue
+            behind = [one for one in own if not attending or one[0] > attending[0]]
+            fitting = [one for one in behind if not self._convolves(one[1])]
+            # a layer without attention mixes first, by something that the language has no word for
+            place = -1 if kind == "mlp" and not attending else 0
+            found[kind] = (fitting or behind or own)[place][1]
+            for _, other in own:
+                if other is not found[kind]:
+                    what = (
+                        self.scene.below(other.projection.path, facts.call.path) if other.projection else "?"
+                    )
+                    text = f"a further branch, which ends in {what}, can be adapted as `extra` only"
+                    self.notes.remark((*self.loc, kind), text)
+        return found
 
     def _branch(self, layer: Call, facts: BranchFacts) -> Words:
         words: Words = {}
@@ -161,7 +178,10 @@ class Describer:
         graph = self.scene.graph
         if event.mask is None:
             return None
-        heads, long = graph.nodes[event.query].shape[-3:-1]
+        query = graph.nodes[event.query].shape
+        if len(query) < 3:
+            return None
+        heads, long = query[-3:-1]
         behind = graph.closure([event.mask], lambda v: v == layer.given)
         for call in graph.calls[event.core.index + 1 :]:
             if call.start >= event.core.end:
@@ -201,8 +221,8 @@ class Describer:
         graph = self.scene.graph
         query, key = graph.nodes[event.query].shape, graph.nodes[event.key].shape
         batch = self.batch
-        heads = query[1] if len(query) == 4 else query[0] // batch
-        kv_heads = key[1] if len(key) == 4 else key[0] // batch
+        heads = query[1] if len(query) == 4 else max(query[0] // batch, 1)
+        kv_heads = key[1] if len(key) == 4 else max(key[0] // batch, 1)
         wide = query[-1]
         if k is not None:
             size = linear.shape(self.scene.modules[k])
@@ -238,7 +258,7 @@ class Describer:
         if found is None:
             text = f"{path} makes {', '.join(roles)}, but their rows lie in no layout of the language"
             self.notes.gap((*loc, "fused"), text)
-            words.setdefault("extra", {})[_name(str(below))] = below
+            words.setdefault("extra", {})[_name(str(below), {})] = below
             return
         words["fused"] = {"path": below, "layout": found[0], "order": list(found[1])}
 
@@ -254,11 +274,14 @@ class Describer:
             if len(made) == 1:
                 self._put(words, layer, ("up",), made[0], loc)
             elif made:
-                self.notes.gap(loc, f"up: several modules feed the last matrix: {', '.join(made)}")
+                self.notes.remark(
+                    loc, f"several modules feed the last matrix, none is named: {', '.join(made)}"
+                )
             return
         gates, ups = ([p for p in side if self._is_role(p, layer)] for side in (split.gates, split.ups))
         if len(gates) != 1 or len(ups) != 1:
-            self.notes.gap(loc, f"gate, up: not one module each: {', '.join((*gates, *ups)) or 'none'}")
+            several = ", ".join((*gates, *ups)) or "none"
+            self.notes.remark(loc, f"gate and up are not one module each, none is named: {several}")
         elif gates[0] != ups[0]:
             self._put(words, layer, ("gate",), gates[0], loc)
             self._put(words, layer, ("up",), ups[0], loc)
@@ -272,9 +295,14 @@ class Describer:
             order = self._layouts[below,]
             if order is None:
                 self.notes.gap((*loc, "fused"), f"{path} holds gate and up, but not in two blocks")
-                words.setdefault("extra", {})[_name(below)] = below
+                words.setdefault("extra", {})[_name(below, {})] = below
             else:
                 words["fused"] = {"path": below, "layout": "blocks", "order": list(order)}
+
+    def _convolves(self, facts: BranchFacts) -> bool:
+        """Whether the branch ends in a called module that is no linear map."""
+        made = facts.projection
+        return made is not None and made.call is not None and not self.scene.is_linear(made.path)
 
     def _is_plain(self, facts: BranchFacts) -> bool:
         """Whether the branch ends in one called matrix, and not in a bank of experts."""
@@ -300,24 +328,23 @@ class Describer:
         else:
             self.notes.gap(loc, f"{role}: no module gives the branch its output in {layer.path}")
 
-    def _extras(self, facts: LayerFacts, found: Words) -> None:
+    def _extras(self, facts: LayerFacts, chosen: Mapping[str, BranchFacts], found: Words) -> None:
         """Linear modules that were called and have no role: they may be adapted by name."""
         named = {path for words in found.values() for path in _paths(words)}
-        for branch in facts.branches:
-            words = found.get(branch.kind)
+        chosen_ids = {id(branch) for branch in chosen.values()}
+        branches = [*chosen.values(), *(b for b in facts.branches if id(b) not in chosen_ids)]
+        for branch in branches:
+            words = found.get(branch.kind if branch.kind in found else "mlp")
             if words is None:
                 continue
             for call in self._inside(facts, branch):
                 below = self.scene.below(call.path, facts.call.path)
                 if below is None or below in named or any(part.isdigit() for part in below.split(".")):
                     continue
-                name = _name(below)
                 taken = words.setdefault("extra", {})
-                if name not in taken:
-                    taken[name] = below if self._has_batch(call.path) else {"path": below, "batch": "none"}
-                    named.add(below)
-            if not words.get("extra", True):
-                del words["extra"]
+                name = _name(below, taken)
+                taken[name] = below if self._has_batch(call.path) else {"path": below, "batch": "none"}
+                named.add(below)
 
     def _inside(self, facts: LayerFacts, branch: BranchFacts) -> list[Call]:
         """Calls of linear modules whose outputs the branch is made of."""
@@ -328,14 +355,14 @@ class Describer:
         return [c for c in inside if c.is_leaf and c.gives in behind and self.scene.is_linear(c.path)]
 
 
-def _name(below: str) -> str:
-    """A name for an extra module: the last word of its path that is not taken by the language."""
+def _name(below: str, taken: Mapping[str, Any]) -> str:
+    """A name for an extra module: the last words of its path that are not taken."""
     parts = below.split(".")
     for count in range(1, len(parts) + 1):
         name = "_".join(parts[-count:])
-        if name not in RESERVED and name[0].isalpha():
+        if name not in RESERVED and name not in taken and name[0].isalpha():
             return name
-    return f"the_{parts[-1]}"
+    return f"further_{'_'.join(parts)}"
 
 
 def _paths(words: Mapping[str, Any]) -> list[str]:

@@ -177,9 +177,7 @@ def _branch(
     projection = _projection(graph, end)
     if projection is not None and projection.call is not None:
         end = graph.calls[projection.call].gives or end
-    outs = tuple(
-        c for c in reversed(graph.returned(end)) if graph.is_inside(c, call) and c.index != call.index
-    )
+    outs = _outs(graph, call, way, end)
     steps = _steps(graph, call, way, end, kinds)
     covered = {v for step in steps for v in range(step.call.start, step.call.end)}
     between = way[: way.index(end)] if end in way else way[:-1]
@@ -206,6 +204,18 @@ def _branch(
         steps=steps,
         operations=operations,
         after_residual=None,
+    )
+
+
+def _outs(graph: Graph, layer: Call, way: list[int], end: int) -> tuple[Call, ...]:
+    """Calls in a layer that make a branch and return it, from its projection on; inner ones first."""
+    calls = [call for value in (end, *reversed(way)) for call in reversed(graph.returned(value))]
+    return tuple(
+        call
+        for call in dict.fromkeys(calls)
+        if graph.is_inside(call, layer)
+        and call.index != layer.index
+        and any(graph.is_heavy(value) for value in range(call.start, call.end))
     )
 
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.author.layers import BranchFacts
+from adapterkit.author.layers import BranchFacts, LayerFacts
 from adapterkit.model import linear
 from adapterkit.model.bind import usual_heads
 
 if TYPE_CHECKING:
     from adapterkit.author.columns import Column
-    from adapterkit.author.describe import Describer, Scene, Words
+    from adapterkit.author.describe import Describer, Words
 
 
-def missing_sizes(column: Column, describer: Describer, branch: BranchFacts, words: Words) -> Words:
+def missing_sizes(
+    column: Column, describer: Describer, facts: LayerFacts, branch: BranchFacts, words: Words
+) -> Words:
     """What `sizes` must say of a sublayer, so that the counts are those observed; empty if nothing."""
     scene, event = column.scene, branch.events[-1]
-    k = words.get("k")
-    path = f"{branch_layer(column, branch)}.{k}" if isinstance(k, str) else None
-    wanted = dict(zip(("heads", "kv_heads"), describer.heads(event, path), strict=True))
-    if "fused" in words and "k" in words["fused"]["order"]:
-        wanted["kv_heads"] = _fused_kv_heads(scene, column, branch, words, wanted)
+    wide = scene.graph.nodes[event.query].shape[-1]
+    wanted = dict(zip(("heads", "kv_heads"), describer.heads(event, None), strict=True))
+    rows = {role: _rows(column, facts, words, role) for role in ("q", "k")}
+    for word, role in (("heads", "q"), ("kv_heads", "k")):
+        count = rows[role]
+        if count is not None and count % wide == 0:
+            wanted[word] = count // wide
+    fused = words.get("fused")
+    if fused is not None and set(fused["order"]) == {"q", "k", "v"}:
+        size = linear.shape(scene.modules[f"{facts.call.path}.{fused['path']}"])
+        if size is not None and size[0] % wide == 0:
+            wanted["kv_heads"] = min(max((size[0] // wide - wanted["heads"]) // 2, 1), wanted["heads"])
     core = scene.modules[event.core.path]
     shown = dict(zip(("heads", "kv_heads"), usual_heads(column.config, core), strict=True))
     if shown == wanted:
@@ -28,29 +37,27 @@ def missing_sizes(column: Column, describer: Describer, branch: BranchFacts, wor
     found: Words = {}
     for word, count in wanted.items():
         name = _named(column, core, word, count)
-        if name is None:
-            column.notes.gap(
-                (*column.loc, branch.kind, "sizes"), f"{word}: {count} here, which no field shows"
-            )
-        else:
+        if name is not None:
             found[word] = name
-    return found
+        elif not _fits(shown[word], rows["q" if word == "heads" else "k"]):
+            text = f"{word}: {count} here, which no field shows"
+            column.notes.gap((*column.loc, branch.kind, "sizes"), text)
+    return found if any(found.get(word) and shown[word] != wanted[word] for word in wanted) else {}
 
 
-def _fused_kv_heads(
-    scene: Scene, column: Column, branch: BranchFacts, words: Words, wanted: dict[str, int]
-) -> int:
-    layer = branch_layer(column, branch)
-    size = linear.shape(scene.modules[f"{layer}.{words['fused']['path']}"])
-    wide = scene.graph.nodes[branch.events[-1].query].shape[-1]
-    if size is None or set(words["fused"]["order"]) != {"q", "k", "v"} or size[0] % wide:
-        return wanted["kv_heads"]
-    return min(max((size[0] // wide - wanted["heads"]) // 2, 1), wanted["heads"])
+def _fits(shown: int | None, rows: int | None) -> bool:
+    """Whether the usual fields give a count that divides the rows: attention in pieces shows another one."""
+    return bool(shown and rows and rows % shown == 0)
 
 
-def branch_layer(column: Column, branch: BranchFacts) -> str:
-    """Path of the layer that a branch is in."""
-    return next(one.call.path for one in column.facts.layers if branch in one.branches)
+def _rows(column: Column, facts: LayerFacts, words: Words, role: str) -> int | None:
+    """Number of rows of a role that has a module of its own."""
+    said = words.get(role)
+    path = said.get("path") if isinstance(said, dict) else said
+    if not isinstance(path, str):
+        return None
+    size = linear.shape(column.scene.modules[f"{facts.call.path}.{path}"])
+    return size[0] if size is not None else None
 
 
 def _named(column: Column, core: Any, word: str, count: int) -> str | None:

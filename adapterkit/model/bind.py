@@ -201,8 +201,16 @@ def usual_heads(config: Any, core: nn.Module | None) -> tuple[int | None, int | 
 
 
 def _first(names: tuple[str, ...], holders: tuple[Any, ...]) -> int | None:
-    found = (getattr(holder, name, None) for holder in holders for name in names)
+    found = (attribute(holder, name) for holder in holders for name in names)
     return next((value for value in found if isinstance(value, int)), None)
+
+
+def attribute(holder: Any, name: str) -> Any:
+    """An attribute of a config or core; None too if it differs from layer to layer."""
+    try:
+        return getattr(holder, name, None)
+    except RuntimeError:  # such a config refuses to give one value for all
+        return None
 
 
 def _head_sizes(
@@ -217,7 +225,7 @@ def _head_sizes(
             return declared
         for holder in holders:
             for name in (declared,) if declared else usual:
-                value = getattr(holder, name, None)
+                value = attribute(holder, name)
                 if isinstance(value, int):
                     return value
         if declared:

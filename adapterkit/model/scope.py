@@ -72,7 +72,10 @@ class Scope:
 
     def sub_config(self, name: str | None) -> Any:
         # a tower that stands alone has its own config as the model's config
-        return getattr(self.config, name, self.config) if name else self.config
+        found = self.config
+        for part in name.split(".") if name else ():
+            found = getattr(found, part, None)
+        return self.config if found is None else found
 
 
 def _base_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

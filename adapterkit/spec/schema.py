@@ -429,7 +429,9 @@ class Stack(Layer):
         None, description="root of the stack below the base model (default: the base model)"
     )
     config: str | None = Field(
-        None, description="sub-config of this stack; a tower that stands alone uses its own config"
+        None,
+        description="sub-config of this stack, dotted if it lies in another; a tower that stands alone uses"
+        " its own config",
     )
     like: str | None = Field(
         None, description="another stack of this file that this one copies, changes on top"
