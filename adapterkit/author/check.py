@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from adapterkit.author.prove import Verdict, prove_methods
 from adapterkit.author.scene import Scene
 from adapterkit.author.seen import Seen
 from adapterkit.errors import Problem, ResolveError
+from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.resolve import resolve
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Interface
@@ -98,6 +99,25 @@ def check(
     return replace(found, methods=verdicts, problems=tuple(broken))
 
 
+def look(blueprint: Blueprint, scene: Scene, book: Book) -> Iterator[Book]:
+    """Look for every claim in one scene, those first that need no further forward pass."""
+    observation = scene.observation
+    model_claims.types(blueprint, book)
+    model_claims.described(blueprint, observation, book)
+    model_claims.heads(blueprint, observation, book)
+    stacks = [Seen(blueprint, info, observation, book) for info in blueprint.stacks.values()]
+    for seen in stacks:
+        layer_claims.layers(seen)
+        stack_claims.stack(seen)
+    yield book
+    for seen in stacks:
+        size_claims.numbers(seen, scene)
+        yield book
+        input_claims.inputs(seen, scene)
+        model_claims.kernels(seen, scene)
+        yield book
+
+
 def observe_claims(interface: Interface, scenes: Sequence[Scene]) -> Report:
     """Look for every claim in every scene."""
     book = Book()
@@ -108,17 +128,8 @@ def observe_claims(interface: Interface, scenes: Sequence[Scene]) -> Report:
         except ResolveError as error:
             problems += error.problems
             continue
-        observation = scene.observation
-        model_claims.types(blueprint, book)
-        model_claims.described(blueprint, observation, book)
-        model_claims.heads(blueprint, observation, book)
-        for info in blueprint.stacks.values():
-            seen = Seen(blueprint, info, observation, book)
-            layer_claims.layers(seen)
-            stack_claims.stack(seen)
-            size_claims.numbers(seen, scene)
-            input_claims.inputs(seen, scene)
-            model_claims.kernels(seen, scene)
+        for _ in look(blueprint, scene, book):
+            pass
     claims = tuple(book)
     problems += [claim.problem() for claim in claims if claim.verdict == "refuted"]
     found = tuple(sorted(set(problems), key=Problem.sort_key))

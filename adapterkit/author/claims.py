@@ -93,6 +93,11 @@ class Book:
         where = (mark.file, mark.line, mark.column) if mark else ("", 0, 0)
         self._claims[key] = Claim(verdict, ".".join(map(str, loc)), text, observed, hint, *where)
 
+    @property
+    def refutes(self) -> bool:
+        """Whether some claim is refuted."""
+        return any(claim.verdict == "refuted" for claim in self._claims.values())
+
     def __iter__(self) -> Iterator[Claim]:
         """In the order of the file."""
         return iter(

@@ -63,10 +63,8 @@ class _Trial:
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return (), {**dict(zip(self.names, args, strict=False)), **kwargs, **other}
 
-        try:
-            return self.scene.observe(enter={self.place.module: enter})
-        except Exception:  # models raise anything on arguments that do not fit
-            return None
+        key = (self.place.path, *((name, _content(value)) for name, value in sorted(other.items())))
+        return self.scene.once(key, lambda: self.scene.observe(enter={self.place.module: enter}))
 
     def steers(
         self, before: Observation | None, after: Observation | None, *, words: str = "qkvo"
@@ -87,12 +85,21 @@ class _Trial:
         return marks + [found.tensors[c.given] for c in layers[:1] if c.given is not None]
 
 
+def _content(value: Any) -> Any:
+    return (tuple(value.shape), value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
+
+
 def _named(trial: _Trial, word: str, takes: set[str]) -> None:
     """What is named is an argument of the entry. What is not said means the usual name, if there is one."""
     names = trial.seen.info.inputs
     said, usual = getattr(names, word), Inputs.model_fields[word].default
     kind = type(trial.place.module).__name__
     if word not in names.model_fields_set:
+        if word == "ids" and usual not in takes:
+            text = "inputs.ids: the entry takes the usual 'input_ids'"
+            trial.seen.refute(
+                trial.loc(word), text, f"{kind} does not", "say 'ids: null', or its name", "name"
+            )
         return
     if said is not None:
         text = f"inputs.{word}: the entry takes {said!r}"
@@ -273,7 +280,7 @@ def _read_mask(trial: _Trial, takes: set[str]) -> None:
     name = reads.mask
     before, after = trial.run({name: full}), trial.run({name: hidden})
     found = trial.steers(before, after, words="o")
-    if found is None:
+    if found:
+        seen.judge(True, loc, text, "")
+    else:  # there are versions of models that do not heed it
         seen.unseen(loc, text)
-    else:
-        seen.judge(found, loc, text, "hiding one with it changes no attention")

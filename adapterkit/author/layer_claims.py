@@ -28,6 +28,8 @@ def layers(seen: Seen) -> None:
         said = list(blocks(seen, index, place))
         for call in calls:
             _layer(seen, said, seen.observation.layer(call))
+            _named(seen, said, call)
+    _once(seen)
 
 
 def _order(seen: Seen, ran: list[Call]) -> None:
@@ -96,6 +98,40 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
             text,
             observed,
         )
+
+
+def _named(seen: Seen, said: list[Block], layer: Call) -> None:
+    """Every linear map that a layer calls has a name, unless it belongs to a block that has one."""
+    graph = seen.graph
+    known = {graph.paths.get(slot.path, slot.path) for block in said for slot in block.slots.values()}
+    whole = [block.path(word) for block in said for word in ("out", "own_adapter")]
+    text = "every linear map of a layer is named, as a role or under 'extra'"
+    for call in graph.calls[layer.index + 1 :]:
+        if call.start >= layer.end:
+            break
+        if call.path in known or any(path and _is_below(call.path, path) for path in whole):
+            continue
+        if call.is_leaf and call.weights and linear.shape(seen.module(call.path)) is not None:
+            name = call.path.removeprefix(layer.path).strip(".")
+            seen.refute((*seen.loc, "layers"), text, f"{name} is called in {layer.path}", aspect="named")
+            return
+    seen.judge(True, (*seen.loc, "layers"), text, "", aspect="named")
+
+
+def _once(seen: Seen) -> None:
+    """No module has two roles."""
+    slots = [slot for slot in seen.blueprint.slots.values() if slot.stack == seen.info.address]
+    found: dict[str, str] = {}
+    for slot in slots:
+        if slot.rows is not None:
+            continue
+        path = seen.graph.paths.get(slot.path, slot.path)
+        other = found.setdefault(path, slot.address)
+        # a layer that is used at several depths stands at each of them
+        if other != slot.address and other.rpartition(".")[2] != slot.role:
+            text = f"{slot.role}: the module has one role"
+            loc = (*seen.loc, *slot.address.split(".")[2:]) if slot.layer is not None else seen.loc
+            seen.refute(loc, text, f"{slot.path} is {other} already", aspect=f"once {slot.role}")
 
 
 def _is_below(path: str, above: str) -> bool:

@@ -147,9 +147,19 @@ def _output(blueprint: Blueprint) -> str | None:
 def _behind(graph: Graph, path: str | None, blueprint: Blueprint) -> frozenset[int]:
     """What the vocabulary is made of, as far back as the last layer."""
     calls: tuple[Call, ...] = graph.calls_of(path) if path is not None else ()
+    begins = [call.given for call in calls if call.given is not None]
+    # the matrix of the embeddings may give the vocabulary without a call
+    tables = {f"{p.path}.weight" for a, p in blueprint.places.items() if a.endswith(".embeddings.table")}
+    begins += [
+        value
+        for node, use in graph.projections.items()
+        if use.weight in tables and graph.nodes[node].op != "embedding"
+        for value in graph.nodes[node].inputs
+        if value not in graph.matrices
+    ]
     layers = [place.path for address, place in blueprint.places.items() if address.endswith(".layer")]
     ends = {call.gives for layer in layers for call in graph.calls_of(layer)}
-    return graph.closure([call.given for call in calls if call.given is not None], lambda v: v in ends)
+    return graph.closure(begins, lambda v: v in ends)
 
 
 def types(blueprint: Blueprint, book: Book) -> None:

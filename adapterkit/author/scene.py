@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,19 @@ class Scene:
         methods: Mapping[nn.Module, str] | None = None,
     ) -> Observation:
         return observe(self.model, self.inputs, edits=edits, enter=enter, methods=methods)
+
+    @cached_property
+    def _others(self) -> dict[object, Observation | None]:
+        return {}
+
+    def once(self, key: object, run: Callable[[], Observation]) -> Observation | None:
+        """An observation under other circumstances, made once; None if the model does not run then."""
+        if key not in self._others:
+            try:
+                self._others[key] = run()
+            except Exception:  # models raise anything on what does not fit
+                self._others[key] = None
+        return self._others[key]
 
     @cached_property
     def rows(self) -> int:

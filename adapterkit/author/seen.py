@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 from adapterkit.author.claims import Book
 from adapterkit.author.graph import Call, Graph, Projection
 from adapterkit.author.layers import BranchFacts
@@ -45,6 +47,9 @@ class Seen:
     @property
     def loc(self) -> Loc:
         return ("stacks", self.name)
+
+    def module(self, path: str) -> nn.Module:
+        return self.blueprint.model.get_submodule(path)
 
     def place(self, word: str) -> Slot | None:
         """A named place of the stack outside its layers."""

@@ -14,8 +14,6 @@ from adapterkit.author.seen import Block, Seen, blocks
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
 
-_SWAPPED = 2
-
 
 def numbers(seen: Seen, scene: Scene) -> None:
     """Every claim about numbers in the layers of a stack."""
@@ -80,7 +78,10 @@ def _fused(seen: Seen, scene: Scene, block: Block, call: Call) -> None:
     for role, slot in block.slots.items():
         if slot.rows is None:
             continue
-        changed = scene.observe(edits={host.module: _moved(slot.rows)})
+        edits = {host.module: _moved(slot.rows)}
+        changed = scene.once((host.path, slot.rows), lambda e=edits: scene.observe(edits=e))  # type: ignore[misc]
+        if changed is None:
+            continue
         parts = _parts(seen.observation, seen, block, call)
         moved = {
             name
@@ -138,8 +139,10 @@ def _differs(before: Observation, after: Observation, value: int, call: Call, *,
     different = before.tensors[value] != after.tensors[value]
     if not whole:
         return bool(different.any())
-    # every head, every channel: for some token
-    return bool(different.flatten(0, -_SWAPPED).any(0).all())
+    # every channel of every head, for some token
+    if different.ndim == 4:
+        different = different.movedim(2, 1)
+    return bool(different.flatten(0, 1).any(0).all())
 
 
 # ---------------------------------------------------------------------------------------------------- batch

@@ -8,6 +8,7 @@ from adapterkit.author.graph import INPUT, Call
 from adapterkit.author.layers import LayerFacts
 from adapterkit.author.seen import Seen
 from adapterkit.author.stacks import StackFacts, column, light_ahead
+from adapterkit.model import linear
 from adapterkit.model.blueprint import Slot
 
 
@@ -21,6 +22,8 @@ def stack(seen: Seen) -> None:
     around = column(seen.graph, "", facts, strangers)
     _entry(seen, ran)
     _embeddings(seen, around)
+    _widths(seen, around)
+    _position_bias(seen, ran)
     _final_norm(seen, around)
     _exit(seen, around, ran)
     _pooler(seen, around)
@@ -75,6 +78,50 @@ def _embeddings(seen: Seen, around: StackFacts) -> None:
         "it is called more than once" if twice else f"that is {last.path}" if last else "none is called"
     )
     seen.judge(right, (*loc, "out"), text, observed)
+
+
+def _widths(seen: Seen, around: StackFacts) -> None:
+    """A linear map between the embeddings and the layers has a name."""
+    known = {seen.graph.paths.get(slot.path, slot.path) for slot in seen.blueprint.slots.values()}
+    out = seen.place("embeddings.out")
+    if out is None:
+        return
+    after = max((call.end for call in seen.graph.calls_of(out.path)), default=0)
+    text = "extra: a linear map between embeddings and layers is named"
+    for call in around.arriving:
+        if call.is_leaf and call.gives in seen.graph.projections and call.start >= after:
+            is_linear = linear.shape(seen.module(call.path)) is not None
+            if is_linear:
+                seen.judge(call.path in known, (*seen.loc, "extra"), text, f"{call.path} is not")
+
+
+def _position_bias(seen: Seen, ran: list[Call]) -> None:
+    """A module with weights that gives attention a bias of fixed positions is named."""
+    graph = seen.graph
+    known = {
+        graph.paths.get(place.path, place.path)
+        for place in seen.blueprint.places.values()
+        if place.role == "position_bias"
+    }
+    for event in seen.observation.attentions:
+        layer = next((call for call in ran if call.start <= event.out < call.end), None)
+        shape = graph.nodes[event.query].shape
+        if layer is None or len(shape) != 4:
+            continue
+        scores = (shape[1], shape[2], graph.nodes[event.key].shape[2])
+        behind = graph.closure(
+            [event.out], lambda v: v in graph.fed and graph.is_heavy(v) and v in graph.projections
+        )
+        for call in graph.calls:
+            gives = call.gives
+            if gives is None or gives in graph.fed or graph.nodes[gives].shape[-3:] != scores:
+                continue
+            if gives in behind and _has_weights(seen, call.path) and call.path not in known:
+                text = "position_bias: a module that gives attention a bias of fixed positions is named"
+                seen.refute(
+                    (*seen.loc, "attention", "position_bias"), text, f"{call.path} does", aspect="named"
+                )
+                return
 
 
 def _in_entry(seen: Seen, calls: Iterable[Call]) -> list[Call]:

@@ -34,6 +34,7 @@ FURTHER: dict[str, dict[str, dict[str, Any]]] = {
     "deberta_v2": {"aligned": ALIGNED, "DebertaV2ForMaskedLM": {"legacy": False}},
     "electra": {"crossed": CROSSED},
     "gpt2": {"crossed": {"add_cross_attention": True}},
+    "modernbert": {"dropping": {"attention_dropout": 0.1}},
     "mbart": {"uneven": {"decoder_attention_heads": 2}},
     "plbart": {"uneven": {"decoder_attention_heads": 2}},
     "roberta": {"crossed": CROSSED, "aligned": ALIGNED},
@@ -83,5 +84,9 @@ def interface(row: str) -> ak.Interface:
 
 
 def unseen_elsewhere(row: str) -> set[str]:
-    """Claims of the interfaces of parts, which are seen where these are checked on their own."""
-    return {"stacks.encoder.inputs.aligned"} if row == "encoder_decoder" else set()
+    """Claims of the interfaces of parts, which are seen where these are checked on their own.
+
+    The mask is one that GPT-2 does not heed in the oldest supported version.
+    """
+    of_parts = {"stacks.encoder.inputs.aligned", "stacks.decoder.reads.mask"}
+    return of_parts if row == "encoder_decoder" else set()
