@@ -244,10 +244,14 @@ class _Compiler:
             adapter = self.adapters[setup]
             placed = [adapter.injection.by_address[address] for address in (*adapter.heads, *adapter.poolers)]
             return {Place(path, _HEAD, 0): key for path, key in placed}
-        if not isinstance(setup, Parallel | BatchSplit | Route | MultiTask):
+        if not isinstance(setup, Parallel | BatchSplit | Route | MultiTask | Average):
             return self.heads(setup.children[-1])
         kind, numbers = _kind(setup)
         children = [self.heads(child) for child in setup.children]
+        if isinstance(setup, Average):
+            children, numbers = _shared_out(children, numbers)
+            if len(children) == 1:
+                return children[0]
         found: dict[Place, Step] = {}
         for place in dict.fromkeys(place for child in children for place in child):
             own = tuple((child[place],) if place in child else () for child in children)
@@ -291,3 +295,13 @@ def _apart(kind: str, own: tuple[tuple[Step, ...], ...]) -> list[tuple[tuple[Ste
     if kind == "average" or len(counts) != 1 or any(isinstance(step, Lanes) for lane in own for step in lane):
         return [own]
     return [tuple(lane[i : i + 1] for lane in own) for i in range(counts.pop())]
+
+
+def _shared_out(
+    heads: Sequence[dict[Place, Step]], shares: Sequence[float]
+) -> tuple[list[dict[Place, Step]], tuple[float, ...]]:
+    """Heads of which a mean is taken, with their shares; what is missing to 1 is that of the model's own."""
+    pairs = [(own, share) for own, share in zip(heads, shares, strict=True) if share]
+    rest = 1.0 - sum(shares)
+    pairs += [({}, rest)] if abs(rest) > 1e-9 else []
+    return [own for own, _ in pairs], tuple(share for _, share in pairs)

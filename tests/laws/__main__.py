@@ -1,5 +1,7 @@
 """Run the laws and print the matrix: families x methods, the number of checks that hold or `failed/all`.
 
+Laws of setups are printed a second time, as families x blocks.
+
 python -m tests.laws                        the default run: base class and one class with a head
 python -m tests.laws -m ""                  every class and variant
 python -m tests.laws --spec bert,llama --method lora -x        any other option of pytest
@@ -16,46 +18,70 @@ from typing import Any
 
 import pytest
 
-CASES = ("case", "generating_case", "headed_case")
+Cell = tuple[str, str]
 
 
-class Matrix:
-    """Pytest plugin that counts outcomes by family and method."""
+class Table:
+    """Outcomes by family and one more word."""
 
     def __init__(self) -> None:
-        self.cells: dict[str, tuple[str, str]] = {}
-        self.all: Counter[tuple[str, str]] = Counter()
-        self.failed: Counter[tuple[str, str]] = Counter()
-        self.seen: set[str] = set()
+        self.all: Counter[Cell] = Counter()
+        self.failed: Counter[Cell] = Counter()
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
-            given: dict[str, Any] = item.callspec.params if isinstance(item, pytest.Function) else {}
-            case = next((given[name] for name in CASES if name in given), None)
-            if case is not None:
-                self.cells[item.nodeid] = (case.row, case.method)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        cell = self.cells.get(report.nodeid)
-        if cell is not None and (report.when == "call" or report.failed):
-            self.all[cell] += report.nodeid not in self.seen
-            self.seen.add(report.nodeid)
-            self.failed[cell] += report.failed
+    def count(self, cell: Cell, new: bool, failed: bool) -> None:
+        self.all[cell] += new
+        self.failed[cell] += failed
 
     def __str__(self) -> str:
         rows = list(dict.fromkeys(row for row, _ in self.all))
-        methods = list(dict.fromkeys(method for _, method in self.all))
-        table = [["", *methods], *([row, *(self._cell((row, method)) for method in methods)] for row in rows)]
+        words = list(dict.fromkeys(word for _, word in self.all))
+        table = [["", *words], *([row, *(self._cell((row, word)) for word in words)] for row in rows)]
         wide = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = ["  ".join(text.ljust(wide[i]) for i, text in enumerate(line)).rstrip() for line in table]
-        total = f"{self.all.total()} checks, {self.failed.total()} failed"
-        return "\n".join([*lines, total])
+        return "\n".join(
+            "  ".join(text.ljust(wide[i]) for i, text in enumerate(line)).rstrip() for line in table
+        )
 
-    def _cell(self, cell: tuple[str, str]) -> str:
+    def _cell(self, cell: Cell) -> str:
         if cell not in self.all:
             return "-"
         failed = self.failed[cell]
         return f"FAILED {failed}/{self.all[cell]}" if failed else f"ok {self.all[cell]}"
+
+
+class Matrix:
+    """Pytest plugin that counts outcomes by family and method, and by family and block."""
+
+    def __init__(self) -> None:
+        # a case is known by what it has: its class would bring transformers in before pytest is ready
+        self.cases: dict[str, Any] = {}
+        self.methods, self.blocks = Table(), Table()
+        self.seen: set[str] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+            case = next(
+                (value for value in given.values() if hasattr(value, "row") and hasattr(value, "method")),
+                None,
+            )
+            if case is not None:
+                self.cases[item.nodeid] = case
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        case = self.cases.get(report.nodeid)
+        if case is None or not (report.when == "call" or report.failed):
+            return
+        new = report.nodeid not in self.seen
+        self.seen.add(report.nodeid)
+        self.methods.count((case.row, case.method), new, report.failed)
+        block = getattr(case, "block", "")
+        if block:
+            self.blocks.count((case.row, block), new, report.failed)
+
+    def __str__(self) -> str:
+        total = f"{self.methods.all.total()} checks, {self.methods.failed.total()} failed"
+        tables = [str(table) for table in (self.methods, self.blocks) if table.all]
+        return "\n\n".join([*tables, total])
 
 
 def main(arguments: list[str]) -> int:
