@@ -25,6 +25,7 @@ from adapterkit.errors import (
 )
 from adapterkit.files import native, peft, reader, setups
 from adapterkit.files.assemble import assemble
+from adapterkit.files.content import Bundle
 from adapterkit.inject.batch import refuse_override
 from adapterkit.inject.injector import cast, copy_head
 from adapterkit.inject.site import site_of
@@ -169,7 +170,7 @@ class Kit(Mapping[str, Adapter]):
             for group in sharing.groups_in(contents):
                 self.share(*group)
             if activate and bundle.setup is not None:
-                self.activate(bundle.setup)
+                self.activate(bundle.setup, bundle.skip_layers)
         except BaseException:
             for own in [own for own in reversed(self._adapters) if own not in before]:
                 self.detach(own)
@@ -522,7 +523,8 @@ class Kit(Mapping[str, Adapter]):
     ) -> Path:
         """Write one adapter, or all that a setup names, to a directory.
 
-        `name` may be left out if there is only one.
+        `name` may be left out if there is only one. A setup is saved with the tensors that its adapters
+        share, and with the layers that it skips if it is the active one.
         """
         if setup is not None:
             return self._save_setup(Path(directory), name, setup, head, format)
@@ -538,15 +540,12 @@ class Kit(Mapping[str, Adapter]):
 
         Raises: CompositionError, NotAttachedError: it has no meaning here.
         """
-        if name is not None or format != "adapterkit":
-            what = "a name" if name is not None else f"the format {format!r}"
-            raise ConfigError(Problem("bad-option", f"a setup is not saved with {what}", "setup"))
-        wanted = composition.read(setup)
-        assert wanted is not None
-        composition.check(wanted)
+        wanted = setups.asked(setup, name, format)
         for own in composition.names(wanted):
             self[own]  # that it is there
-        return setups.write(directory, wanted, self._adapters, self.blueprint, head)
+        skipped = tuple(self._skipped) if wanted == self._active else ()
+        bundle = Bundle((), wanted, skipped)
+        return setups.write(directory, bundle, self._adapters, self.shared, self.blueprint, head)
 
     def swap(
         self, name: str, source: str | Path, *, revision: str | None = None, allow_bin: bool = False

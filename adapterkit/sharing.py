@@ -189,7 +189,9 @@ def record(groups: Groups, adapters: Mapping[str, Adapter], blueprint: Blueprint
 def groups_in(contents: Sequence[Content]) -> Iterator[tuple[str, ...]]:
     """The groups of which the files of adapters speak, as far as all of their members are there."""
     names = {content.name for content in contents}
+    done: set[str] = set()
     for content in contents:
         group = (content.name, *map(str, content.facts.get("shares", ())))
-        if len(group) > 1 and names.issuperset(group):
+        if len(group) > 1 and names.issuperset(group) and content.name not in done:
+            done.update(group)
             yield group

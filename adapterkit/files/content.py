@@ -40,3 +40,5 @@ class Bundle:
     contents: tuple[Content, ...]
     setup: Setup | None = None
     """How they act together, where the source says it."""
+    skip_layers: tuple[int | str, ...] = ()
+    """Layers where they do not act."""

@@ -8,15 +8,16 @@ crew/
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from adapterkit import composition
 from adapterkit.adapter import Adapter
 from adapterkit.composition import Fuse, Setup, blocks, from_dict, names, to_dict
-from adapterkit.errors import CompositionError, FileFormatError, Problem
+from adapterkit.errors import CompositionError, ConfigError, FileFormatError, Problem
 from adapterkit.files import manifest, native
 from adapterkit.files.content import Bundle
 from adapterkit.files.disk import read_json, to_json
@@ -26,21 +27,47 @@ from adapterkit.versions import __version__, installed
 CONFIG = "adapterkit_setup.json"
 
 
+def asked(setup: Setup, name: str | None, format: str) -> Setup:
+    """A setup that is to be saved, which may be given as text.
+
+    Raises: CompositionError: it has no meaning. ConfigError: it is asked for beside the name of one
+        adapter, or in a format that has no setups.
+    """
+    if name is not None or format != "adapterkit":
+        what = "a name" if name is not None else f"the format {format!r}"
+        raise ConfigError(Problem("bad-option", f"a setup is not saved with {what}", "setup"))
+    wanted = composition.read(setup)
+    assert wanted is not None
+    composition.check(wanted)
+    return wanted
+
+
 def write(
-    directory: Path, setup: Setup, adapters: Mapping[str, Adapter], blueprint: Blueprint, head: bool | str
+    directory: Path,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    shares: Sequence[tuple[str, ...]],
+    blueprint: Blueprint,
+    head: bool | str,
 ) -> Path:
     """Write a setup with everything that it names. What stood there as a setup is replaced as a whole.
 
+    Args: bundle: the setup and what it skips. shares: groups of adapters with tensors in common.
     Raises: FileFormatError: there is something else at this place.
     """
     if directory.exists() and not (directory.is_dir() and _may_go(directory)):
         message = "is there already, and no setup that could be replaced"
         raise FileFormatError(Problem("bad-file", message, file=str(directory)))
     directory.parent.mkdir(parents=True, exist_ok=True)
+    setup = bundle.setup
+    assert setup is not None
+    groups = (tuple(name for name in group if name in names(setup)) for group in shares)
     data = {
         "format": "adapterkit",
         "format_version": manifest.FORMAT_VERSION,
         "setup": to_dict(setup),
+        "skip_layers": list(bundle.skip_layers),
+        "shares": [list(group) for group in groups if len(group) > 1],
         "versions": {"adapterkit": __version__} | {p: installed(p) for p in ("torch", "transformers")},
     }
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
@@ -50,14 +77,23 @@ def write(
             native.write(work / name, adapters[name], blueprint, head)
         (work / CONFIG).write_text(to_json(data), encoding="utf-8")
         if directory.exists():
-            directory.rename(Path(folder) / "old")
-        work.rename(directory)
-        shutil.rmtree(Path(folder) / "old", ignore_errors=True)
+            old = directory.rename(Path(folder) / "old")
+            try:
+                work.rename(directory)
+            except BaseException:
+                old.rename(directory)
+                raise
+        else:
+            work.rename(directory)
     return directory
 
 
 def _may_go(directory: Path) -> bool:
-    return (directory / CONFIG).is_file() or not any(directory.iterdir())
+    """Whether a directory is empty, or holds a setup of ours and nothing beside it."""
+    found = {path.name for path in directory.iterdir()}
+    if CONFIG not in found:
+        return not found
+    return found <= {CONFIG, *names(_setup(directory / CONFIG, read_json(directory / CONFIG)))}
 
 
 def read(directory: Path) -> Bundle:
@@ -68,14 +104,22 @@ def read(directory: Path) -> Bundle:
     file = directory / CONFIG
     data = read_json(file)
     manifest.check_version(data, str(file))
-    try:
-        setup = from_dict(data.get("setup"))
-    except CompositionError as error:
-        raise FileFormatError(replace(problem, file=str(file)) for problem in error.problems) from None
+    setup, shares, skipped = _setup(file, data), data.get("shares", []), data.get("skip_layers", [])
+    if not isinstance(skipped, list) or not isinstance(shares, list):
+        raise FileFormatError(Problem("bad-file", "'shares' and 'skip_layers' are lists", file=str(file)))
     fusions = {block.name for block in blocks(setup) if isinstance(block, Fuse)}
     contents = []
     for name in sorted(names(setup), key=lambda name: name in fusions):
         if Path(name).name != name:
             raise FileFormatError(Problem("bad-file", f"{name!r} is no name", file=str(file)))
-        contents.append(replace(native.read(directory / name), name=name))
-    return Bundle(tuple(contents), setup)
+        found = native.read(directory / name)
+        others = [other for group in shares if name in group for other in group if other != name]
+        contents.append(replace(found, name=name, facts={**found.facts, "shares": others}))
+    return Bundle(tuple(contents), setup, tuple(skipped))
+
+
+def _setup(file: Path, data: Mapping[str, Any]) -> Setup:
+    try:
+        return from_dict(data.get("setup"))
+    except CompositionError as error:
+        raise FileFormatError(replace(problem, file=str(file)) for problem in error.problems) from None

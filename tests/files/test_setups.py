@@ -142,3 +142,36 @@ def test_a_setup_has_no_single_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         ak.load(tiny.build("bert"), directory, name="c", head=False)
     assert caught.value.code == "several-adapters"
+
+
+def test_layers_that_are_skipped_stay_skipped(tmp_path: Path) -> None:
+    kit = crew("a", "b")
+    kit.activate(ak.Stack("a", "b"), skip_layers=["encoder.0"])
+    kit.save(tmp_path / "crew", setup=kit.active)
+    expected = hidden(kit.model)
+    fresh = tiny.build("bert").eval()
+    ak.load(fresh, tmp_path / "crew", head=False)
+    assert torch.equal(hidden(fresh), expected)
+    kit.activate(ak.Stack("a", "b"))
+    assert not torch.equal(hidden(kit.model), expected)
+
+
+def test_what_is_shared_stays_shared(tmp_path: Path) -> None:
+    model = tiny.build("bert").eval()
+    for seed, name in enumerate("abc"):
+        kit = ak.attach(model, "mtl_lora[n_up=2]", name=name, seed=seed)
+    kit.share("a", "b", "c").save(tmp_path / "crew", setup=ak.MultiTask("a", "b"))
+    loaded = ak.load(tiny.build("bert").eval(), tmp_path / "crew")
+    assert loaded.shared == (("a", "b"),)
+    a, b = (loaded[name].units["encoder.0.attention.q"] for name in "ab")
+    assert a.A is b.A and a.L is not b.L
+
+
+def test_files_beside_a_setup_are_not_lost(tmp_path: Path) -> None:
+    kit = crew("a", "b")
+    kit.save(tmp_path / "crew", setup=ak.Stack("a", "b"))
+    (tmp_path / "crew" / "README.md").write_text("keep")
+    with pytest.raises(FileFormatError) as caught:
+        kit.save(tmp_path / "crew", setup=ak.Stack("b", "a"))
+    assert caught.value.code == "bad-file"
+    assert (tmp_path / "crew" / "README.md").read_text() == "keep"
