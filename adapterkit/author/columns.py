@@ -12,7 +12,7 @@ from adapterkit.author.describe import Describer, Notes, Scene, Words, arguments
 from adapterkit.author.graph import Call
 from adapterkit.author.layers import LayerFacts
 from adapterkit.author.sizes import missing_sizes
-from adapterkit.author.stacks import StackFacts, column, light_ahead
+from adapterkit.author.stacks import StackFacts, column, light_ahead, looked_up_with
 from adapterkit.spec.schema import Inputs
 
 _ALIGNED = ("token_type_ids", "bbox")
@@ -138,14 +138,27 @@ class Column:
             if below not in (None, "."):
                 found["entry"] = below
                 module = self.scene.modules[self.facts.entry.path]
-        inputs = self._inputs(module)
+        inputs = self._inputs(module, found.get("entry"))
         return found | ({"inputs": inputs} if inputs else {})
 
-    def _inputs(self, module: nn.Module) -> Words:
+    def _ids(self, entry: str | None) -> str | None:
+        """The argument of the entry that the table is looked up with."""
+        graph, first = self.scene.graph, self.facts.layers[0].call.start
+        ids = {looked_up_with(graph, table.node) for table in self.facts.tables}
+        calls = graph.calls_of(self.facts.entry.path if entry else self.root)
+        inside = [call for call in calls if call.start <= first < call.end]
+        return next(
+            (name for call in inside for name, value in call.arguments if graph.same(value) in ids), None
+        )
+
+    def _inputs(self, module: nn.Module, entry: str | None) -> Words:
         """Arguments that are called otherwise than usual, or that are missing."""
         taken = arguments(module)
         usual = {word: Inputs.model_fields[word].default for word in _INPUTS}
         found: Words = {word: None for word, name in usual.items() if name not in taken}
+        ids = self._ids(entry) if "ids" in found else None
+        if ids is not None:
+            return found | {"ids": ids}
         if {"ids", "embeds"} <= found.keys():  # of images or sounds: a mask is not one of tokens
             found |= {"mask": None, "positions": None}
         aligned = [name for name in _ALIGNED if name in taken]

@@ -94,7 +94,7 @@ def column(
     light = light_behind(graph, entering)
     looked_up = [graph.projections[v] for v in sorted(light) if _is_look_up(graph, v)]
     # with ids as they came, not with positions that were counted from them
-    plain = [table for table in looked_up if graph.nodes[_index(graph, table.node)].op == INPUT]
+    plain = [table for table in looked_up if graph.nodes[looked_up_with(graph, table.node)].op == INPUT]
     tables = tuple(plain or looked_up)
     arriving = [
         call
@@ -120,7 +120,7 @@ def _is_look_up(graph: Graph, value: int) -> bool:
     return graph.nodes[value].op == "embedding" and value in graph.projections and value in graph.fed
 
 
-def _index(graph: Graph, look_up: int) -> int:
+def looked_up_with(graph: Graph, look_up: int) -> int:
     """What an embedding is looked up with."""
     ids = next(v for v in graph.nodes[look_up].inputs if v not in graph.matrices)
     return graph.same(ids)
