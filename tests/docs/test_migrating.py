@@ -1,4 +1,4 @@
-"""The right columns of the guides for those who come from other libraries: every call exists as it is written."""
+"""Right columns of the guides for those who come from other libraries: every call exists as written."""
 
 from __future__ import annotations
 
