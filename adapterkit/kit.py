@@ -23,7 +23,7 @@ from adapterkit.errors import (
     did_you_mean,
     listing,
 )
-from adapterkit.files import native, peft, reader, setups
+from adapterkit.files import adapterhub, native, peft, reader, setups
 from adapterkit.files.assemble import assemble
 from adapterkit.files.content import Bundle
 from adapterkit.inject.batch import refuse_override
@@ -531,6 +531,8 @@ class Kit(Mapping[str, Adapter]):
         adapter = self[self._only(name)]
         if format == "peft":
             return peft.write(Path(directory), adapter, self.blueprint, head)
+        if format == "adapterhub":
+            return adapterhub.write(Path(directory), adapter, self.blueprint, head)
         if format == "adapterkit":
             return native.write(Path(directory), adapter, self.blueprint, head)
         raise ConfigError(Problem("bad-option", f"{format!r} is no format that can be written", "format"))

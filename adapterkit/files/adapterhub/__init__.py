@@ -5,5 +5,6 @@ from adapterkit.files.adapterhub.fusion import read as read_fusion
 from adapterkit.files.adapterhub.reader import read, recognises
 from adapterkit.files.adapterhub.setup import CONFIG as SETUP_CONFIG
 from adapterkit.files.adapterhub.setup import read as read_setup
+from adapterkit.files.adapterhub.writing import write
 
-__all__ = ["FUSION_CONFIG", "SETUP_CONFIG", "read", "read_fusion", "read_setup", "recognises"]
+__all__ = ["FUSION_CONFIG", "SETUP_CONFIG", "read", "read_fusion", "read_setup", "recognises", "write"]

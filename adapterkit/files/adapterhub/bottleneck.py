@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from adapterkit.errors import FileFormatError, Problem
@@ -173,6 +174,10 @@ class BottleneckMember(Member):
             for address in addresses:
                 found = given.parts["bottleneck", address]
                 names = self._names(address)
+                for word in ("weight", "bias") if self.theirs.ln_before else ():
+                    if not torch.equal(found[f"adapter_norm_before.{word}"], found[f"adapter_down.0.{word}"]):
+                        message = "the norm before the bottleneck is there twice, and not the same"
+                        raise FileFormatError(Problem("bad-file", message, address))
                 units[address] = {ours: found[name] for name, (ours, _) in names.items() if ours}
             shared = self._shared(given, base, addresses[0]) if self.shares else {}
             yield Part(self._config(addresses, dict(quirks)), units, shared)
@@ -272,8 +277,13 @@ class BottleneckMember(Member):
             return {"_left": ("left", (n, d_in // n, rank)), "_right": ("right", (n, rank, d_out // n))}
         return {"": ("W", (n, d_in // n, d_out // n))}
 
-    def _shared(self, given: Keyed, base: str | None, address: str) -> dict[str, Any]:
-        """What the branches of one base model share."""
+    def shared_wanted(self) -> Shapes:
+        first = next(iter(self.branches), None)
+        names = self._shared_names(first) if self.shares and first is not None else {}
+        return {name: shape for name, (_, shape) in names.items()}
+
+    def _shared_names(self, address: str) -> Names:
+        """Every tensor that the branches of one base model share."""
         d_model, width = (self.branches[address].shape or (1, 1))[0], self._width(address)
         names: Names = {}
         if self.theirs.shared_phm_rule:
@@ -282,6 +292,11 @@ class BottleneckMember(Member):
             for side, d_in, d_out in (("down", d_model, width), ("up", width, d_model)):
                 factors = self._factors(d_in, d_out)
                 names |= {f"W_{side}{w}": (f"{side}.{o}", shape) for w, (o, shape) in factors.items()}
+        return names
+
+    def _shared(self, given: Keyed, base: str | None, address: str) -> dict[str, Any]:
+        """What the branches of one base model share."""
+        names = self._shared_names(address)
         if base is None or given.shared[base].keys() != names.keys():
             message = (
                 "the file lacks Compacter's shared tensors, which AdapterHub does not save from a base model "

@@ -60,7 +60,10 @@ def sort(tensors: Mapping[str, torch.Tensor], name: str, blueprint: Blueprint) -
 
     Raises: FileFormatError: keys that mean no module of this model, or one that another key means, too.
     """
-    hosts, found, problems = _hosts(blueprint), Keyed(), []
+    hosts = {kind: _named(own, hub_of(blueprint).prefix) for kind, own in _hosts(blueprint).items()}
+    # a model of models names the module of one of them once more, as its own
+    hosts["invertible"] = {"": ".", **hosts["invertible"]}
+    found, problems = Keyed(), []
     for key, tensor in tensors.items():
         base, common, shared = f".{key}".partition(f".shared_parameters.{name}.")
         if common:
@@ -90,9 +93,20 @@ def _cut(key: str, name: str) -> tuple[str, str, str]:
     return "", key, ""
 
 
-def _hosts(blueprint: Blueprint) -> dict[str, dict[str, str]]:
-    """Kind -> every name that a host may have in a file -> the host, where it is the only one."""
+def spelled(blueprint: Blueprint) -> dict[Host, str]:
+    """What their library calls every host, in a base class: by the older path, which is the longer one."""
+    found: dict[Host, str] = {}
     prefixes = hub_of(blueprint).prefix
+    for kind, hosts in _hosts(blueprint).items():
+        for host, paths in hosts.items():
+            names = [_bare(path, prefixes) for path in paths]
+            # a model that is not made of others is the root itself
+            found[kind, host] = "" if host == "/." else max(names, key=len)
+    return found
+
+
+def _hosts(blueprint: Blueprint) -> dict[str, dict[str, Iterable[str]]]:
+    """Kind -> host -> every path that it may have."""
     linear = {slot.path: known_paths(blueprint, slot) for slot in blueprint if slot.layer is not None}
     bottlenecks, refts, acted_on = {}, {}, branches(blueprint)
     for layer in layers(blueprint):
@@ -106,16 +120,15 @@ def _hosts(blueprint: Blueprint) -> dict[str, dict[str, str]]:
     stacks = {stack: stack_paths(blueprint, stack) for stack in blueprint.stacks}
     attentions = {core.path: known_paths(blueprint, core) for core in cores(blueprint).values()}
     return {
-        "prompt": _named(stacks, prefixes),
-        "prefix": _named(attentions, prefixes),
-        "prefix_gate": _named(attentions, prefixes),
-        "prefix_pool": _named(_models(blueprint), prefixes),
-        "lora": _named(linear, prefixes),
-        "bottleneck": _named(bottlenecks, prefixes),
-        "fusion": _named(bottlenecks, prefixes),
-        "reft": _named(refts, prefixes),
-        # a model of models names the module of one of them once more, as its own
-        "invertible": {"": ".", **_named(stacks, prefixes)},
+        "prompt": dict(stacks),
+        "prefix": dict(attentions),
+        "prefix_gate": dict(attentions),
+        "prefix_pool": dict(_models(blueprint)),
+        "lora": dict(linear),
+        "bottleneck": dict(bottlenecks),
+        "fusion": dict(bottlenecks),
+        "reft": dict(refts),
+        "invertible": dict(stacks),
     }
 
 
@@ -154,7 +167,13 @@ def _named(hosts: Mapping[str, Iterable[str]], prefixes: Iterable[str]) -> dict[
 
 def _with_and_without(path: str, prefixes: Iterable[str]) -> Iterator[str]:
     """A path as a base class and as the classes with heads write it."""
-    dotted = f"{path}." if path else ""
-    bare = next((dotted.removeprefix(f"{p}.") for p in prefixes if dotted.startswith(f"{p}.")), dotted)
-    for name in (dotted, bare, *(f"{prefix}.{bare}" for prefix in prefixes)):
+    bare = _bare(path, prefixes)
+    for name in (path, bare, *(f"{prefix}.{bare}" for prefix in prefixes)):
         yield name.removesuffix(".")
+
+
+def _bare(path: str, prefixes: Iterable[str]) -> str:
+    """A path as a base class writes it."""
+    dotted = f"{path}."
+    found = next((dotted.removeprefix(f"{p}.") for p in prefixes if dotted.startswith(f"{p}.")), dotted)
+    return found.removesuffix(".")

@@ -34,6 +34,12 @@ class LoRAMember(Member):
     def wanted(self, given: Keyed) -> dict[Host, Shapes]:
         return {("lora", place.host.path): tensors.shapes(place, self.theirs) for place in self.places}
 
+    def shared_wanted(self) -> Shapes:
+        if not (self.shares and self.places):
+            return {}
+        first = self.places[0]
+        return {"lora_A": (self.theirs.r, first.d_in), "lora_B": (first.d_out, self.theirs.r)}
+
     def parts(self, given: Keyed) -> Iterator[Part]:
         if not self.places:
             return

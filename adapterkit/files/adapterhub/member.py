@@ -40,6 +40,10 @@ class Member(ABC):
     def wanted(self, given: Keyed) -> dict[Host, Shapes]:
         """Names and shapes of the tensors that the config asks for in this model."""
 
+    def shared_wanted(self) -> Shapes:
+        """Names and shapes of the tensors that are kept once for the base model."""
+        return {}
+
     @abstractmethod
     def parts(self, given: Keyed) -> Iterator[Part]:
         """What the tensors are here.

@@ -23,6 +23,7 @@ from adapterkit.files.adapterhub.reft import ReFTMember
 from adapterkit.files.adapterhub.silence import SilenceMember
 from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors
+from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.union import union
 from adapterkit.model.blueprint import Blueprint
 
@@ -60,14 +61,32 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
 
 
 def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
-    hub = hub_of(blueprint)
+    hub_of(blueprint)
     check_model(data, blueprint)
-    members, name = _members(data["config"], blueprint), str(data.get("name"))
-    members += [SilenceMember(blueprint)] if hub.own_adapters == "removed" else []
-    _refuse(problem for member in members for problem in member.refusals())
+    found, name = members(data["config"], blueprint), str(data.get("name"))
+    refuse(problem for member in found for problem in member.refusals())
     given = keys.sort(read_tensors(weights_file(directory, WEIGHTS), allow_bin), name, blueprint)
-    _refuse(_differences(members, given))
-    parts = [part for member in members for part in member.parts(given)]
+    refuse(_differences(found, given))
+    config, tensors, addresses = adapter(found, given, blueprint)
+    return Content(
+        name=name,
+        config=config,
+        tensors=tensors,
+        addresses=addresses,
+        heads={f"heads.{name}": {}} if (directory / HEAD).is_file() else {},
+        source=str(directory),
+        facts={key: data.get(key) for key in ("model_name", "model_class", "model_type", "version")},
+    )
+
+
+def adapter(
+    found: Sequence[Member], given: keys.Keyed, blueprint: Blueprint
+) -> tuple[MethodConfig, dict[str, torch.Tensor], tuple[str, ...]]:
+    """Config, tensors and the addresses of the slots that tensors of theirs are here.
+
+    Raises: FileFormatError: they cannot be had as what the config says.
+    """
+    parts = [part for member in found for part in member.parts(given)]
     config = union([part.config for part in parts])
     chosen = {slot.address: slot for slot in config.select(blueprint).slots}
     tensors: dict[str, torch.Tensor] = {}
@@ -78,22 +97,20 @@ def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, all
         addresses += [f"{mark}{a}" for a in part.units] or [a for a in chosen if a.startswith(mark)]
         tensors |= {f"{mark}{a}.{n}": tensor for a, unit in part.units.items() for n, tensor in unit.items()}
         tensors |= {f"shared.{inside}{n}": tensor for n, tensor in part.shared.items()}
-    return Content(
-        name=name,
-        config=config,
-        tensors=tensors,
-        addresses=tuple(addresses),
-        heads={f"heads.{name}": {}} if (directory / HEAD).is_file() else {},
-        source=str(directory),
-        facts={key: data.get(key) for key in ("model_name", "model_class", "model_type", "version")},
-    )
+    return config, tensors, tuple(addresses)
 
 
-def _members(config: Mapping[str, Any], blueprint: Blueprint) -> list[Member]:
-    """The methods of a config.
+def members(config: Mapping[str, Any], blueprint: Blueprint) -> list[Member]:
+    """What a config means on this model.
 
     Raises: FileFormatError: a method that is not known; options that are unknown, wrong or not had.
     """
+    own_removed = hub_of(blueprint).own_adapters == "removed"
+    return [*_members(config, blueprint), *([SilenceMember(blueprint)] if own_removed else [])]
+
+
+def _members(config: Mapping[str, Any], blueprint: Blueprint) -> list[Member]:
+    """The methods of a config."""
     architecture = config.get("architecture")
     if architecture == "union":
         return [member for inner in config.get("configs", ()) for member in _members(inner, blueprint)]
@@ -108,15 +125,16 @@ def _members(config: Mapping[str, Any], blueprint: Blueprint) -> list[Member]:
     return [_METHODS[architecture](config, blueprint)]
 
 
-def _refuse(problems: Iterable[Problem]) -> None:
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise an error with these problems, if there are any."""
     found = list(problems)
     if found:
         raise FileFormatError(found)
 
 
-def _differences(members: Sequence[Member], given: keys.Keyed) -> Iterator[Problem]:
+def _differences(found: Sequence[Member], given: keys.Keyed) -> Iterator[Problem]:
     """Where a file has not got exactly the tensors that its config asks for in this model."""
-    yield from differences([member.wanted(given) for member in members], given)
-    if not any(member.shares for member in members):
+    yield from differences([member.wanted(given) for member in found], given)
+    if not any(member.shares for member in found):
         for base in given.shared:
             yield Problem("unknown-tensors", "the config shares no tensors", f"{base}.shared_parameters")

@@ -144,3 +144,13 @@ def orthonormal(original: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         message = "the parametrisation of an orthogonal matrix gives one that is not"
         raise FileFormatError(Problem("bad-file", message))
     return rows
+
+
+def parametrised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors (R, D) and (D, D) of torch's orthogonal parametrisation that give this matrix (R, D)."""
+    linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, dtype=rows.dtype)
+    orthogonal(linear)
+    linear.weight = rows
+    found = linear.state_dict()
+    weight = "parametrizations.weight"
+    return found[f"{weight}.original"].contiguous(), found[f"{weight}.0.base"].contiguous()
