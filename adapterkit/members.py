@@ -45,7 +45,7 @@ class Members:
         modules = {**adapter.units, **adapter.heads, **adapter.poolers}
         places: dict[str, Slot | Head] = {slot.address: slot for slot in adapter.plan.slots}
         places |= {head.address: head for head in (*self.blueprint.heads, *self.blueprint.poolers)}
-        hosts = {places[address]: module for address, module in modules.items()}
+        hosts = [(places[address], module) for address, module in modules.items()]
         helpers = adapter.config.helpers(adapter.plan.slots, self.blueprint)
         record = manifest.write(adapter.plan, self.blueprint)
         fusing.connect(adapter, self.adapters)
@@ -93,11 +93,11 @@ class Members:
 
     def _enter(self) -> None:
         """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
-        own = dict(named_parameters(self.model))
-        self._trained = frozenset(path for path, parameter in own.items() if parameter.requires_grad)
+        trained = {path: p for path, p in named_parameters(self.model) if p.requires_grad}
+        self._trained = frozenset(trained)
         self.entries |= open_entries(self.blueprint, self.runtime)
-        for parameter in own.values():
-            parameter.requires_grad_(False)  # those of the adapter are set after this
+        for parameter in trained.values():
+            parameter.requires_grad_(False)
         self._hooks = [
             self.model.register_load_state_dict_pre_hook(place_tensors),
             self.model.register_state_dict_pre_hook(_refuse_merged_state),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.base import MethodConfig, Shared, Unit
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
+from adapterkit.model.walk import named_parameters
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class Plan:
     parameters: int
     """Numbers that are trained, without heads."""
     head_parameters: int
-    base_parameters: int
+    blueprint: Blueprint = field(repr=False, compare=False)
+
+    @property
+    def base_parameters(self) -> int:
+        """Numbers of the model itself."""
+        return self.blueprint.parameters
 
     @property
     def counts(self) -> dict[str, int]:
@@ -125,7 +131,10 @@ def describe(
 ) -> Plan:
     """The plan of units that were built."""
     trained = sum(
-        p.numel() for module in draft.modules().values() for p in module.parameters() if p.requires_grad
+        parameter.numel()
+        for module in draft.modules().values()
+        for _, parameter in named_parameters(module)
+        if parameter.requires_grad
     )
     return Plan(
         name=name,
@@ -138,10 +147,9 @@ def describe(
         head_parameters=sum(
             parameter.numel()
             for head in heads
-            for path, parameter in head.module.named_parameters()
-            if "adapterkit" not in path.split(".")  # the copies of other adapters
+            for _, parameter in named_parameters(head.module)  # without the copies of other adapters
         ),
-        base_parameters=blueprint.parameters,
+        blueprint=blueprint,
     )
 
 

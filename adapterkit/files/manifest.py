@@ -20,9 +20,7 @@ FORMAT_VERSION = 1
 def describe(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
     """The part of a config that native files and manifests share."""
     spec = blueprint.interface
-    shipped = blueprint.interface_name in registry.interfaces() and registry.is_shipped(
-        blueprint.interface_name
-    )
+    shipped = registry.is_shipped(blueprint.interface_name)
     return {
         "format": "adapterkit",
         "format_version": FORMAT_VERSION,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Inputs:
 
     def __init__(self, blueprint: Blueprint) -> None:
         model = blueprint.model
-        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.names = _parameters(type(model).forward)
         said = [info.inputs for info in blueprint.stacks.values()]
         mains = [name for inputs in said for name in (inputs.ids, inputs.embeds) if name]
         mains += ["pixel_values", "input_features", "input_values", "decoder_input_ids", "inputs"]
@@ -72,6 +73,12 @@ class Inputs:
             return tensor.repeat(counts)
 
         return mapped(value, repeat)
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a class's forward."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _first(value: Any) -> Any:

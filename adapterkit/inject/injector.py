@@ -15,6 +15,7 @@ from adapterkit.inject.state import slug
 from adapterkit.methods.base import Helper, Unit
 from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Blueprint, Head, Slot
+from adapterkit.model.walk import tensors
 from adapterkit.planning import Draft, Plan
 from adapterkit.runtime import Runtime
 
@@ -68,7 +69,7 @@ def dtype_of(host: nn.Module, model: nn.Module, policy: str | torch.dtype) -> to
 
 def move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Like `module.to`, but at once if there is nothing to do: an attach moves many small modules."""
-    if any(t.device != device or t.dtype != dtype for t in (*module.parameters(), *module.buffers())):
+    if any(tensor.device != device or tensor.dtype != dtype for tensor in tensors(module)):
         module.to(device, dtype)
 
 
@@ -108,7 +109,7 @@ class Injection:
 def inject(
     runtime: Runtime,
     name: str,
-    modules: Mapping[Slot | Head, nn.Module],
+    modules: Sequence[tuple[Slot | Head, nn.Module]],
     shared: nn.Module | None,
     helpers: Sequence[Helper],
     manifest: torch.Tensor,
@@ -119,7 +120,7 @@ def inject(
     Raises: PlanError: a host cannot take them; the model is as before.
     """
     done = Injection(name)
-    plan = [(place.path, place.module, place.address, module) for place, module in modules.items()]
+    plan = [(place.path, place.module, place.address, module) for place, module in modules]
     if shared is not None:
         plan.insert(0, (plan[0][0], plan[0][1], "shared", shared))
     hosts = [(path, host) for path, host, _, _ in plan]
@@ -143,7 +144,8 @@ def inject(
             if key in site._modules:
                 message = f"{name!r} and {address!r} give a key that is taken: {key!r}"
                 raise PlanError(Problem("name-clash", message, address, "another name"))
-            module.train(host.training)
+            if module.training != host.training:
+                module.train(host.training)
             site._modules[key] = module
             _watch_gates(module, address.partition(":")[2] or address, runtime)
             done.hosts[path] = host

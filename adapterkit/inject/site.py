@@ -18,20 +18,22 @@ from torch import nn
 from adapterkit.errors import PlanError, Problem
 from adapterkit.inject import attention, lanes
 from adapterkit.inject.lanes import Seen
+from adapterkit.model.walk import CHILD
 from adapterkit.runtime import Program, Runtime, Step
 from adapterkit.spec.schema import Kernel
-
-CHILD = "adapterkit"
 
 
 class Site(nn.Module):
     """Container of the units at one module, registered as its child `adapterkit`."""
 
+    key: str
+    runtime: Runtime
+    program: Program | None
+
     def __init__(self, key: str, runtime: Runtime) -> None:
         super().__init__()
-        self.key = key
-        self.runtime = runtime
-        self.program: Program | None = None
+        # at once: `nn.Module` would look at each of them for what it may be
+        self.__dict__.update(key=key, runtime=runtime, program=None)
 
     def forward(self) -> None:
         raise NotImplementedError("a site is run by its host")
@@ -186,7 +188,7 @@ def open_site(
     site = site_of(module)
     if site is None:
         site = Site(key, runtime)
-        site.training = module.training
+        site.__dict__["training"] = module.training
         cls: Any = type(module)
         _become(module, adapted(cls, kernel, eager))  # first: Python may refuse it
         module._modules[CHILD] = site

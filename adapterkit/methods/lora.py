@@ -104,21 +104,31 @@ class LoRA(Unit):
     """
 
     signed = ("B", "B0")
+    scaling: float
+    dropout: float
+    rows: Rows | None
+    in_place: bool
+    gate: Gate | None
+    A0: torch.Tensor | None
+    B0: torch.Tensor | None
 
     def __init__(self, slot: Slot, config: LoRAConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         d_out, d_in = slot.shape or (0, 0)
         rank = config.rank(slot)
-        self.scaling = config.scaling(slot)
-        self.dropout = config.dropout
-        self.rows = slot.rows
-        self.in_place = is_plain(slot.module)
-        self.per_position = not config.gating
+        # at once: `nn.Module` would look at each of them for what it may be
+        self.__dict__.update(
+            scaling=config.scaling(slot),
+            dropout=config.dropout,
+            rows=slot.rows,
+            in_place=is_plain(slot.module),
+            per_position=not config.gating,
+            gate=None,
+            A0=None,
+            B0=None,
+        )
         self.A = uniform((rank, d_in), d_in, generator)
         self.B = nn.Parameter(torch.zeros(d_out, rank))
-        self.gate = None
-        self.A0: torch.Tensor | None = None
-        self.B0: torch.Tensor | None = None
         if config.init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank, generator=generator)
         elif config.init != "lora":

@@ -10,7 +10,7 @@ from torch import nn
 from adapterkit.model import layouts, linear
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.scope import Draft, Found, Here
-from adapterkit.model.walk import child
+from adapterkit.model.walk import child, plain
 from adapterkit.spec.schema import Attention, Layer, Path, Sizes, Stack, Sublayer
 from adapterkit.spec.text import Loc
 
@@ -40,7 +40,7 @@ def bind_layer(here: Here, stack: Stack, kind: str | None) -> None:
         if sublayer is not None:
             words = ("kinds", "of", str(kind), word) if special else (word,)
             address = f"{here.address}.{word}"
-            _choose(replace(here, loc=(*here.loc, *words), address=address, sublayer=word), sublayer)
+            _choose(here.moved(loc=(*here.loc, *words), address=address, sublayer=word), sublayer)
 
 
 def _choose(here: Here, said: Sublayer) -> None:
@@ -225,7 +225,10 @@ def _head_sizes(
             return declared
         for holder in holders:
             for name in (declared,) if declared else usual:
-                value = attribute(holder, name)
+                if core is not None and holder is core.module:
+                    value = here.draft.looked[core.path, name] = plain(core.module, name)
+                else:
+                    value = attribute(holder, name)
                 if isinstance(value, int):
                     return value
         if declared:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from adapterkit.model.layouts import Rows
+from adapterkit.model.walk import named_parameters
 from adapterkit.spec.schema import Inputs, Interface, Kernel, Reads
 
 
@@ -82,12 +84,15 @@ class Blueprint:
     stacks: Mapping[str, StackInfo]
     heads: tuple[Head, ...]
     poolers: tuple[Head, ...]
-    parameters: int
-    """Numbers of the model itself; tied ones count once."""
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self.slots.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers of the model itself, without adapters; tied ones count once."""
+        return sum(parameter.numel() for _, parameter in named_parameters(self.model))
 
     def roles(self) -> tuple[str, ...]:
         """Every role and extra name that some slot has, in order of appearance, without `fused`."""

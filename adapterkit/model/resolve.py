@@ -12,8 +12,9 @@ from adapterkit.errors import Problem, ResolveError, SpecError, did_you_mean, li
 from adapterkit.model.bind import add_place, add_slot, bind_layer
 from adapterkit.model.blueprint import Blueprint, Head, StackInfo
 from adapterkit.model.heads import find_heads
+from adapterkit.model.repeat import Pattern
 from adapterkit.model.scope import Draft, Found, Here, Scope
-from adapterkit.model.walk import child, expand, join, missing, named_parameters
+from adapterkit.model.walk import child, expand, join, missing
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Interface, Path, Stack
 
@@ -96,7 +97,6 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
         stacks=found.stacks,
         heads=find_heads(model, found.claimed, found.output_path, found.heads),
         poolers=tuple(found.poolers),
-        parameters=sum(parameter.numel() for _, parameter in named_parameters(model)),
         unsupported=found.unsupported,
     )
 
@@ -224,8 +224,7 @@ def _roots(here: Here, at: Path | None) -> list[Found]:
 def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[StackInfo, Draft]:
     """Resolve one stack below one possible root."""
     scope, draft, address = outer.scope, Draft(), outer.scope.prefix + name
-    here = replace(
-        outer,
+    here = outer.moved(
         draft=draft,
         root=root.module,
         path=root.path,
@@ -245,15 +244,21 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
     kinds = _kinds(here.at("kinds"), stack, len(layers))
     if stack.kinds and not kinds:
         layers = []  # what they are made of is not known
+    patterns: dict[str | None, Pattern] = {}
     for index, (path, layer) in enumerate(layers):
-        inside = replace(
-            here, root=layer, path=join(here.path, path), address=f"{address}.{index}", layer=index
-        )
-        bind_layer(inside, stack, kinds[index] if kinds else None)
+        inside = here.moved(root=layer, path=join(here.path, path), address=f"{address}.{index}", layer=index)
+        kind = kinds[index] if kinds else None
+        if kind in patterns and patterns[kind].again(inside):
+            continue
+        own = Draft()
+        bind_layer(inside.drafting(own), stack, kind)
+        draft.absorb(own)
+        if not own.problems:
+            patterns[kind] = Pattern(inside, own)
     for (loc, word), seen in draft.presence.items():
         if len(seen) > 1:
             message = f"'{word}' is optional, but some layers have it and some have not"
-            replace(here, loc=loc).note("partial", message)
+            here.moved(loc=loc).note("partial", message)
     info = StackInfo(
         address=address,
         root=root.module,

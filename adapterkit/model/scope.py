@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -42,6 +42,8 @@ class Draft:
     eager: dict[str, str | None] = field(default_factory=dict)
     sizes: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     head_dims: dict[str, int | None] = field(default_factory=dict)
+    looked: dict[tuple[str, str], Any] = field(default_factory=dict)
+    """(path of a core, attribute) -> its value, for whatever sizes were looked for there."""
 
     def absorb(self, other: Draft) -> None:
         self.slots |= other.slots
@@ -53,6 +55,7 @@ class Draft:
         self.eager |= other.eager
         self.sizes |= other.sizes
         self.head_dims |= other.head_dims
+        self.looked |= other.looked
 
 
 class Scope:
@@ -104,11 +107,17 @@ class Here:
 
     def at(self, *words: str | int) -> Here:
         """The same place in the model, further down in the spec."""
-        return replace(self, loc=(*self.loc, *words))
+        return self.moved(loc=(*self.loc, *words))
 
     def drafting(self, draft: Draft) -> Here:
         """The same place, gathering elsewhere."""
-        return replace(self, draft=draft)
+        return self.moved(draft=draft)
+
+    def moved(self, **changes: Any) -> Here:
+        """As `dataclasses.replace`, several times faster: every sublayer is a place of its own."""
+        there = object.__new__(Here)
+        there.__dict__.update(self.__dict__, **changes)
+        return there
 
     def note(self, code: str, message: str, expected: str = "", hint: str = "", *, words: Loc = ()) -> None:
         self.note_lazily(code, lambda: (message, expected, hint), words=words)

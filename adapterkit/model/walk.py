@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from adapterkit.errors import did_you_mean, listing
 
+CHILD = "adapterkit"
+"""Name of the child under which a module carries what adapters put there."""
+
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """As `model.named_parameters()`, several times faster: attach walks the whole model."""
+    """As `model.named_parameters()` without adapters, several times faster: attach walks the whole model."""
     seen: set[int] = set()
     stack = [("", model)]
     while stack:
@@ -23,8 +28,19 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield f"{path}{name}", parameter
-        below = [(f"{path}{name}.", found) for name, found in module._modules.items() if found is not None]
-        stack += reversed(below)  # the first child next: a tied parameter has the name of its first place
+        # the first child next: a tied parameter has the name of its first place
+        for name, found in reversed(module._modules.items()):
+            if found is not None and name != CHILD:
+                stack.append((f"{path}{name}.", found))
+
+
+def tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers of a small module; one that is there twice comes twice."""
+    for found in (module._parameters, module._buffers):
+        yield from (tensor for tensor in found.values() if tensor is not None)
+    for below in module._modules.values():
+        if below is not None:
+            yield from tensors(below)
 
 
 def child(module: nn.Module, path: str) -> nn.Module | None:
@@ -38,6 +54,16 @@ def child(module: nn.Module, path: str) -> nn.Module | None:
             return None
         module = found
     return module
+
+
+def plain(module: nn.Module, name: str) -> Any:
+    """An attribute of a module that is no tensor and no module, None if there is none.
+
+    `getattr` is slow where there is none: it looks among tensors and children first.
+    """
+    if name in module.__dict__:
+        return module.__dict__[name]
+    return getattr(module, name, None) if hasattr(type(module), name) else None
 
 
 def join(root: str, path: str) -> str:
