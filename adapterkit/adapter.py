@@ -75,6 +75,8 @@ class Adapter:
         self.trainable = wanted
         for module in (*self.units.values(), *self.heads.values()):
             module.requires_grad_(wanted)
+        for module in self.poolers.values():
+            module.requires_grad_(False)
         if self.shared is not None:
             self.shared.requires_grad_(wanted and self.shared.trained)
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from adapterkit.errors import PlanError, Problem
 from adapterkit.inject import entry
-from adapterkit.inject.site import CHILD, Site, check, check_unwrapped, close_site, open_site, site_of
+from adapterkit.inject.site import Site, check, check_unwrapped, close_site, open_site, site_of
 from adapterkit.inject.state import slug
 from adapterkit.methods.base import Helper, Unit
 from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.walk import tensors
+from adapterkit.model.walk import CHILD, tensors
 from adapterkit.planning import Draft, Plan
 from adapterkit.runtime import Runtime
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import FileFormatError, Problem, listing
-from adapterkit.inject.site import CHILD
+from adapterkit.model.walk import CHILD
 
 MANIFEST = "manifest"
 NAME = re.compile(r"^[A-Za-z0-9_-]+\Z")

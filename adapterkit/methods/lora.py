@@ -169,14 +169,14 @@ class LoRA(Unit):
         if gate is not None:
             return add_rows(out, self.low_rank(x) / self.scaling * gate, self.rows, self.in_place)
         if self.A0 is None and self.rows is None and self.in_place and out.is_contiguous():
-            low = F.linear(x, self.A)
+            # (R, N): a product with few rows is faster than one with few columns
+            low = self.A @ x.reshape(-1, x.shape[-1]).t()
             if out.dtype == low.dtype == self.B.dtype:
                 # one pass over `out`, no temporary of its size; the fresh output of a Linear is ours to write
-                out.view(-1, out.shape[-1]).addmm_(
-                    low.reshape(-1, low.shape[-1]), self.B.t(), alpha=self.scaling
-                )
+                out.view(-1, out.shape[-1]).addmm_(low.t(), self.B.t(), alpha=self.scaling)
                 return out
-            return out + (F.linear(low, self.B) * self.scaling).to(out.dtype)
+            delta = F.linear(low.t(), self.B) * self.scaling
+            return out + delta.to(out.dtype).view(out.shape)
         return add_rows(out, self.low_rank(x), self.rows, self.in_place)
 
     def refuses_merge(self) -> str | None:

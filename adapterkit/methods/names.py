@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,6 +107,9 @@ LEGACY = {
 """Names that AdapterHub used before."""
 
 
+_WHOLE = re.compile(r"(0|[1-9][0-9]{0,8})\Z", re.ASCII)
+
+
 def parse(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
     """The config of a method given by name, shorthand, dict or as it is.
 
@@ -140,7 +144,8 @@ def _shorthand(text: str) -> MethodConfig:
         if key.strip() in given:
             raise ConfigError(Problem("bad-shorthand", f"{key.strip()!r} is given twice"))
         try:
-            given[key.strip()] = yaml.load(value, Loader=_Loader)
+            # a whole number, the usual case, needs no loader
+            given[key.strip()] = int(value) if _WHOLE.match(value) else yaml.load(value, Loader=_Loader)
         except yaml.YAMLError:
             raise ConfigError(Problem("bad-shorthand", f"the value of {item!r} cannot be read")) from None
     return _make(name, given)

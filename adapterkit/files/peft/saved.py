@@ -11,9 +11,8 @@ from torch import nn
 from adapterkit.adapter import Adapter
 from adapterkit.errors import FileFormatError, Problem
 from adapterkit.files.peft.names import relatives
-from adapterkit.inject.site import CHILD
 from adapterkit.model.blueprint import Blueprint
-from adapterkit.model.walk import child
+from adapterkit.model.walk import CHILD, child
 
 Tensors = dict[str, torch.Tensor]
 
