@@ -20,7 +20,6 @@ from adapterkit.errors import (
     NotAttachedError,
     PlanError,
     Problem,
-    did_you_mean,
     listing,
 )
 from adapterkit.files import adapterhub, native, peft, reader, setups
@@ -28,10 +27,8 @@ from adapterkit.files.assemble import assemble
 from adapterkit.files.content import Bundle
 from adapterkit.inject.batch import refuse_override
 from adapterkit.inject.injector import cast, copy_head
-from adapterkit.inject.site import site_of
-from adapterkit.inject.state import NAME
 from adapterkit.liveness import Liveness, examine, trained
-from adapterkit.members import Members
+from adapterkit.members import Members, Named
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
@@ -45,14 +42,14 @@ Method = str | Mapping[str, Any] | MethodConfig
 Head_ = Literal["auto"] | bool
 
 
-class Kit(Mapping[str, Adapter]):
+class Kit(Named):
     """All adapters of one model: a read-only mapping from name to adapter, and the verbs."""
 
     def __init__(self, model: nn.Module, blueprint: Blueprint) -> None:
         self.model = model
         self.blueprint = blueprint
         self._members = Members(model, blueprint, self)
-        self._adapters = self._members.adapters
+        super().__init__(self._members.adapters)
         self._runtime = self._members.runtime
         self._top = self._members.top
         self._entries = self._members.entries
@@ -60,41 +57,6 @@ class Kit(Mapping[str, Adapter]):
         self._skipped: Layers = ()
         self._groups = self._members.groups
         self._originals: merging.Originals | None = None
-
-    # -- the mapping
-
-    def __getitem__(self, name: str) -> Adapter:
-        if name not in self._adapters:
-            hint = did_you_mean(name, self._adapters)
-            raise NotAttachedError(
-                Problem(
-                    "no-such-adapter",
-                    f"there is no adapter {name!r}",
-                    "",
-                    f"attached: {listing(self._adapters)}",
-                    hint,
-                )
-            )
-        return self._adapters[name]
-
-    def get(self, name: object, default: Any = None) -> Any:
-        """The adapter of this name, else the default."""
-        return self._adapters.get(name, default) if isinstance(name, str) else default
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters)
-
-    def __len__(self) -> int:
-        return len(self._adapters)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._adapters
-
-    # a handle is itself, whatever its adapters
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     # -- attach, load, plan
 
@@ -128,7 +90,7 @@ class Kit(Mapping[str, Adapter]):
     ) -> Kit:
         """Add an adapter; see `adapterkit.attach`."""
         config = parse(method)
-        self._check_name(name, replace)
+        self._members.check_name(name, replace)
         heads = self._heads(head)
         plan, draft = prepare(self.blueprint, config, name, heads, strict, seed)
         cast(plan, draft, self.model, dtype)
@@ -159,7 +121,7 @@ class Kit(Mapping[str, Adapter]):
                 Problem("several-adapters", f"the file holds {len(contents)} adapters: {found}", "name")
             )
         for content in contents:
-            self._check_name(name or content.name, replace, isinstance(content.config, FusionConfig))
+            self._members.check_name(name or content.name, replace, isinstance(content.config, FusionConfig))
         made = [assemble(self.blueprint, content, name or content.name, head) for content in contents]
         before = set(self._adapters)
         try:
@@ -172,7 +134,7 @@ class Kit(Mapping[str, Adapter]):
             if activate and bundle.setup is not None:
                 self.activate(bundle.setup, bundle.skip_layers)
         except BaseException:
-            for own in [own for own in reversed(self._adapters) if own not in before]:
+            for own in [own for own in reversed(list(self)) if own not in before]:
                 self.detach(own)
             raise
         return self
@@ -189,8 +151,6 @@ class Kit(Mapping[str, Adapter]):
         """Put a complete adapter into the model: all of it or nothing."""
         self._refuse_merged("attach")
         old = self._adapters.get(plan.name)
-        if old is not None:
-            self._members.take(old)
         adapter = Adapter(
             plan.name,
             plan,
@@ -200,10 +160,9 @@ class Kit(Mapping[str, Adapter]):
             {found.address: copied for found, copied in poolers.items()},
         )
         try:
-            self._members.put(adapter)
+            self._members.exchange(old, adapter)
         except BaseException:
             if old is not None:
-                self._members.put(old)
                 self.activate(self._active, self._skipped)
             raise
         adapter.require_grad(trainable)
@@ -219,16 +178,6 @@ class Kit(Mapping[str, Adapter]):
             raise PlanError(Problem("no-head", f"{type(self.model).__name__} has no task head", "head"))
         return self.blueprint.heads if head else ()
 
-    def _check_name(self, name: str, replace: bool, fusion: bool = False) -> None:
-        if not isinstance(name, str) or not NAME.match(name.replace("+", "-") if fusion else name):
-            raise ConfigError(
-                Problem("bad-name", f"{name!r} is no name of an adapter", "name", "letters, digits, '_', '-'")
-            )
-        if name in self._adapters and not replace:
-            message = f"there already is an adapter {name!r}"
-            raise ConfigError(Problem("name-taken", message, "name", "another name, or replace=True"))
-        fusing.refuse_used(name, self._adapters, "replace")
-
     # -- which adapter acts
 
     @property
@@ -241,19 +190,8 @@ class Kit(Mapping[str, Adapter]):
         """Make an adapter act in all threads, None: none; not in the layers that are skipped."""
         self._refuse_merged("activate")
         setup = composition.read(setup)
-        self._run(self._programs(setup, skip_layers))
+        self._members.run(self._programs(setup, skip_layers))
         self._active, self._skipped = setup, skip_layers
-
-    def _run(self, programs: Programs) -> None:
-        """Let every site run its program."""
-        hosts = dict(self._entries)
-        for adapter in self._adapters.values():
-            hosts |= adapter.injection.hosts
-        for path, host in hosts.items():
-            site = site_of(host)
-            if site is not None:
-                site.program = programs.get(path)
-        self._top.program = programs.get(self._top.key)
 
     def _programs(self, setup: Setup | None, skip_layers: Layers = ()) -> Programs:
         found = programs(setup, self, self.blueprint, self._entries, skip_layers)
@@ -363,7 +301,7 @@ class Kit(Mapping[str, Adapter]):
         Raises: CompositionError, ConfigError, PlanError: nothing is changed then.
         """
         setup = Fuse(*names, name=name)
-        self._check_name(setup.name, replace=False, fusion=True)
+        self._members.check_name(setup.name, replace=False, fusion=True)
         made = fusing.config_of([self[child] for child in names], config)
         plan, draft = prepare(self.blueprint, made, setup.name, (), True, seed)
         cast(plan, draft, self.model, "match")
@@ -427,7 +365,7 @@ class Kit(Mapping[str, Adapter]):
         Raises: ConfigError, PlanError: nothing is changed then.
         """
         self._refuse_merged("average")
-        self._check_name(name, replace)
+        self._members.check_name(name, replace)
         how = averaging.how_of(strategy, rank, density, seed)
         weights = averaging.weights_of(adapters)
         weighted = [(self[child], weight) for child, weight in weights.items()]
@@ -453,7 +391,7 @@ class Kit(Mapping[str, Adapter]):
         merging.check(self.model, adapter)
         self._originals = merging.fold(adapter)
         # the heads stay the adapter's own; its units are in the weights now
-        self._run({path: p for path, p in self._programs(name).items() if p.instead})
+        self._members.run({path: p for path, p in self._programs(name).items() if p.instead})
         adapter.merged = True
         return self
 

@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from adapterkit import fusing, sharing
 from adapterkit.adapter import Adapter
+from adapterkit.errors import ConfigError, NotAttachedError, Problem, did_you_mean, listing
 from adapterkit.files import manifest
 from adapterkit.inject import entry
 from adapterkit.inject.batch import Inputs
 from adapterkit.inject.injector import close_entries, eject, inject, open_entries
-from adapterkit.inject.site import check_unwrapped
-from adapterkit.inject.state import part_tensors, place_tensors
+from adapterkit.inject.site import check_unwrapped, site_of
+from adapterkit.inject.state import NAME, part_tensors, place_tensors
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import named_parameters
-from adapterkit.runtime import Runtime
+from adapterkit.runtime import Programs, Runtime
 
 ATTRIBUTE = "_adapterkit"
 """Where the model keeps its kit."""
+
+
+class Named(Mapping[str, Adapter]):
+    """Adapters by name, for reading."""
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            message, known = f"there is no adapter {name!r}", f"attached: {listing(self._adapters)}"
+            hint = did_you_mean(name, self._adapters)
+            raise NotAttachedError(Problem("no-such-adapter", message, "", known, hint))
+        return self._adapters[name]
+
+    def get(self, name: object, default: Any = None) -> Any:
+        """The adapter of this name, else the default."""
+        return self._adapters.get(name, default) if isinstance(name, str) else default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    # one is itself, whatever its adapters
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class Members:
@@ -36,6 +71,42 @@ class Members:
         self.entries: dict[str, nn.Module] = {}
         self._trained: frozenset[str] | None = None
         self._hooks: list[Any] = []
+
+    def check_name(self, name: str, replace: bool, fusion: bool = False) -> None:
+        """Refuse a name that is none, or that is taken. Raises: ConfigError, PlanError."""
+        if not isinstance(name, str) or not NAME.match(name.replace("+", "-") if fusion else name):
+            raise ConfigError(
+                Problem("bad-name", f"{name!r} is no name of an adapter", "name", "letters, digits, '_', '-'")
+            )
+        if name in self.adapters and not replace:
+            message = f"there already is an adapter {name!r}"
+            raise ConfigError(Problem("name-taken", message, "name", "another name, or replace=True"))
+        fusing.refuse_used(name, self.adapters, "replace")
+
+    def run(self, programs: Programs) -> None:
+        """Let every site run its program."""
+        hosts = dict(self.entries)
+        for adapter in self.adapters.values():
+            hosts |= adapter.injection.hosts
+        for path, host in hosts.items():
+            site = site_of(host)
+            if site is not None:
+                site.program = programs.get(path)
+        self.top.program = programs.get(self.top.key)
+
+    def exchange(self, old: Adapter | None, new: Adapter) -> None:
+        """Put an adapter in the place of another.
+
+        Raises: PlanError: a host cannot take it; the old one is there again, and no site has its program.
+        """
+        if old is not None:
+            self.take(old)
+        try:
+            self.put(new)
+        except BaseException:
+            if old is not None:
+                self.put(old)
+            raise
 
     def put(self, adapter: Adapter) -> None:
         """Put an adapter's modules into the model; the first one brings the hooks and entries with it.

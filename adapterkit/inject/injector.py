@@ -161,7 +161,7 @@ def inject(
             done.hosts[path] = host
         first = site_of(plan[0][1])
         assert first is not None
-        beside = next((t for module in modules.values() for t in module.parameters()), manifest)
+        beside = next((tensor for _, module in modules for tensor in module.parameters()), manifest)
         first.register_buffer(slug(name, "manifest"), manifest.to(beside.device))
     except BaseException:
         for path, key in done.entries:
