@@ -21,6 +21,9 @@ def in_threads(model: Callable[..., object], kit: ak.Kit, given: dict[str, Tenso
     """Outputs by thread; thread i uses adapter names[i], and all of them run at the same time."""
     barrier = Barrier(THREADS)
 
+    # torch sometimes compiles a graph anew when several threads look for theirs at once, without adapters too;
+    # its settings are those of one thread
+    @torch._dynamo.config.patch(recompile_limit=256)
     def work(name: str) -> list[Tensor]:
         barrier.wait()
         found = []
@@ -57,8 +60,6 @@ def test_threads_with_different_adapters(row: str) -> None:
     assert kit.active is None and torch.equal(run(model, given), bare)
 
 
-# torch sometimes compiles a graph anew when several threads look for theirs at once, without adapters too
-@torch._dynamo.config.patch(recompile_limit=256)
 def test_threads_that_share_a_compiled_model() -> None:
     torch._dynamo.reset()
     model, kit, given, _ = prepared("bert", 4)
