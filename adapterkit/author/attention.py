@@ -22,6 +22,8 @@ class Attention:
     out: int
     mask: int | None
     """What masks the scores, where it is an argument."""
+    scores: tuple[int, int, int] | None
+    """(H, Q, K), None where the heads have no axis of their own."""
     core: Call
     """The innermost call in which all of it happened."""
     q: tuple[Projection, ...]
@@ -57,8 +59,18 @@ def attentions(graph: Graph) -> tuple[Attention, ...]:
             continue
         behind = (() if kind == "whole" else graph.sources(at) for at in (query, key, value))
         q, k, v = behind
-        found.append(Attention(kind, query, key, value, out, mask, core, q, k, v, _readers(graph, out)))
+        scores = _shape_of_scores(graph, kind, node.index, query, key)
+        o = _readers(graph, out)
+        found.append(Attention(kind, query, key, value, out, mask, scores, core, q, k, v, o))
     return tuple(found)
+
+
+def _shape_of_scores(graph: Graph, kind: str, node: int, query: int, key: int) -> tuple[int, int, int] | None:
+    q, k = graph.nodes[query].shape, graph.nodes[key].shape
+    if kind == "products":
+        shape = graph.nodes[_scores(graph, node)[0]].shape
+        return (shape[1], shape[2], shape[3]) if len(shape) == 4 else None
+    return (q[-3], q[-2], k[-2]) if kind == "function" and len(q) == 4 else None
 
 
 def _scores(graph: Graph, softmax: int) -> list[int]:

@@ -10,6 +10,7 @@ from adapterkit.author.observe import Observation
 from adapterkit.author.scene import Scene
 from adapterkit.author.seen import Seen, blocks
 from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.embeddings import unembed_slots
 from adapterkit.spec.schema import Interface
 from adapterkit.spec.text import Loc
 
@@ -135,13 +136,8 @@ def through(blueprint: Blueprint, observation: Observation, book: Book) -> None:
 
 
 def _output(blueprint: Blueprint) -> str | None:
-    """Path of the output embeddings."""
-    getter = getattr(blueprint.model, "get_output_embeddings", None)
-    try:
-        found = getter() if getter is not None else None
-    except (NotImplementedError, AttributeError):
-        return None
-    return next((path for path, module in blueprint.model.named_modules() if module is found), None)
+    """Path of the output embeddings, as the interface or the model tells it."""
+    return next((slot.path for slot in unembed_slots(blueprint).values()), None)
 
 
 def _behind(graph: Graph, path: str | None, blueprint: Blueprint) -> frozenset[int]:

@@ -63,7 +63,9 @@ class Scene:
         def cut(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return value[:fewer] if value.ndim and value.shape[0] == self.rows else value
-            return value
+            if isinstance(value, Mapping):
+                return {name: cut(item) for name, item in value.items()}
+            return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
 
         try:
             return observe(self.model, {name: cut(value) for name, value in self.inputs.items()})

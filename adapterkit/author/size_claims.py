@@ -38,11 +38,11 @@ def _is_that(block: Block, facts: BranchFacts) -> bool:
 def _heads(seen: Seen, block: Block, facts: BranchFacts) -> None:
     """H, K and E as the attention that was computed shows them."""
     event, graph = facts.events[-1], seen.graph
-    query, key = graph.nodes[event.query].shape, graph.nodes[event.key].shape
-    if len(query) != 4 or event.kind == "whole":
+    if event.scores is None:
         return
-    width = query[-1]
-    observed = {"heads": query[1], "head_dim": width}
+    heads_seen, width = event.scores[0], graph.nodes[event.query].shape[-1]
+    observed = {"heads": heads_seen, "head_dim": width}
+    key = graph.nodes[event.key].shape
     slot = block.slots.get("k")
     if slot is not None and slot.shape is not None and slot.shape[0] % key[-1] == 0:
         observed["kv_heads"] = slot.shape[0] // key[-1]

@@ -10,6 +10,7 @@ from adapterkit.author.seen import Seen
 from adapterkit.author.stacks import StackFacts, column, light_ahead
 from adapterkit.model import linear
 from adapterkit.model.blueprint import Slot
+from adapterkit.model.embeddings import unembed_slots
 
 
 def stack(seen: Seen) -> None:
@@ -105,10 +106,9 @@ def _position_bias(seen: Seen, ran: list[Call]) -> None:
     }
     for event in seen.observation.attentions:
         layer = next((call for call in ran if call.start <= event.out < call.end), None)
-        shape = graph.nodes[event.query].shape
-        if layer is None or len(shape) != 4:
+        scores = event.scores
+        if layer is None or scores is None:
             continue
-        scores = (shape[1], shape[2], graph.nodes[event.key].shape[2])
         behind = graph.closure(
             [event.out], lambda v: v in graph.fed and graph.is_heavy(v) and v in graph.projections
         )
@@ -125,8 +125,9 @@ def _position_bias(seen: Seen, ran: list[Call]) -> None:
 
 
 def _in_entry(seen: Seen, calls: Iterable[Call]) -> list[Call]:
-    entry = seen.entry
-    return [call for call in calls if entry is None or seen.graph.is_inside(call, entry)]
+    entry, given = seen.entry, list(calls)
+    inside = [call for call in given if entry is None or seen.graph.is_inside(call, entry)]
+    return inside or given  # embeddings may be called before the stack is entered
 
 
 def _last_before(seen: Seen, around: StackFacts) -> Call | None:
@@ -252,10 +253,11 @@ def _has_weights(seen: Seen, path: str) -> bool:
 
 
 def _is_output(seen: Seen, path: str) -> bool:
-    """Whether a module is the output embeddings."""
-    getter = getattr(seen.blueprint.model, "get_output_embeddings", None)
-    found = getter() if getter is not None else None
-    return found is not None and seen.blueprint.model.get_submodule(path) is found
+    """Whether a module is, or leads to, the output embeddings."""
+    ends = {slot.path for slot in unembed_slots(seen.blueprint).values()}
+    said = seen.said.unembed
+    ways = {name for way in (said.through if said else ()) for name in way.names()}
+    return any(_is_below(path, end) for end in ends | ways)
 
 
 def _runs_layers(seen: Seen, call: Call) -> bool:

@@ -74,6 +74,13 @@ class _Beside:
         self.value = value
 
 
+def _turned(tensor: torch.Tensor, axes: str, wanted: list[str]) -> torch.Tensor:
+    """A tensor with named axes in another order; the tensor itself if that is the order it has."""
+    if list(axes) == wanted:
+        return tensor
+    return tensor.permute(*(axes.index(axis) for axis in wanted))
+
+
 class Intercept(TorchFunctionMode):
     """Lets the attention that is computed inside take a prefix.
 
@@ -98,6 +105,8 @@ class Intercept(TorchFunctionMode):
             return self._baddbmm(func, *args, **kwargs)
         if func in _SOFTMAX:
             return self._softmax(func, args, kwargs)
+        if func is torch.einsum and len(args) == 3 and isinstance(args[0], str):
+            return self._einsum(*args)
         if func is T.unflatten:
             func = torch.unflatten  # the method calls `super`, which the compiler cannot trace from here
         out = func(*args, **kwargs)
@@ -151,6 +160,27 @@ class Intercept(TorchFunctionMode):
         if scores is not None:
             self.known.append(_Beside("scores", out, scores * kwargs.get("alpha", 1)))
         return out
+
+    def _einsum(self, equation: str, *operands: torch.Tensor) -> torch.Tensor:
+        """A product of two operands as a matmul, where two axes are of the batch and one is summed over."""
+        left, right = operands
+        names, _, out = equation.replace(" ", "").partition("->")
+        first, _, second = names.partition(",")
+        beside = self._of(right)
+        if beside is not None and beside.kind == "probabilities":
+            left, right, first, second = right, left, second, first
+        batch = [axis for axis in first if axis in second and axis in out]
+        summed = [axis for axis in first if axis in second and axis not in out]
+        rows = [axis for axis in first if axis not in second]
+        columns = [axis for axis in second if axis not in first]
+        if [len(axes) for axes in (batch, summed, rows, columns)] != [2, 1, 1, 1] or len(out) != 4:
+            return torch.einsum(equation, *operands)
+        product = self._matmul(
+            torch.matmul,
+            _turned(left, first, [*batch, *rows, *summed]),
+            _turned(right, second, [*batch, *summed, *columns]),
+        )
+        return _turned(product, "".join([*batch, *rows, *columns]), list(out))
 
     def _scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
         """The scores of the prefix (..., Q, P) if these are queries (..., Q, E) and keys (..., E, T)."""

@@ -1,0 +1,117 @@
+"""Models that adapterkit has never seen, by YAML alone: every claim, every method; and models in wrappers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adapterkit as ak
+from adapterkit.author.prove import COLUMNS, randomise
+from adapterkit.testing import prove
+from tests.authoring.custom import models, wrappers
+
+HERE = Path(__file__).parent / "custom"
+ROOT = Path(__file__).parents[2]
+NAMES = ("vision", "sloped", "rotary", "pair", "towers", "parallel")
+WRAPPERS: dict[str, Callable[[], Any]] = {"bert": wrappers.sentences, "modernbert": wrappers.classifier}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_module_has_every_method_by_yaml_alone(name: str) -> None:
+    report = prove(HERE / f"{name}.yaml", getattr(models, name))
+    assert {verdict.method for verdict in report.methods} == set(COLUMNS)
+    assert all(verdict.state == "proved" for verdict in report.methods)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_model_in_a_wrapper_has_every_method(name: str) -> None:
+    # the wrapper shows no class with a vocabulary, nor one that reads states
+    quiet = ["stacks.encoder.unembed.through.0", "stacks.encoder.inputs.embeds"]
+    report = prove(name, WRAPPERS[name], may_be_unseen=quiet)
+    assert all(verdict.state == "proved" for verdict in report.methods)
+    model, _ = WRAPPERS[name]()
+    kit = ak.attach(model, "lora")
+    assert [head.path for head in kit.blueprint.heads] == (["2"] if name == "bert" else ["scores"])
+
+
+def test_the_interface_travels_in_the_file(tmp_path: Path) -> None:
+    model, inputs = models.rotary()
+    kit = ak.attach(model, "lora", interface=HERE / "rotary.yaml", seed=0)
+    randomise(kit)
+    kit.save(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["interface"]
+    fresh, _ = models.rotary()
+    ak.load(fresh, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(fresh(**inputs)["logits"], model(**inputs)["logits"])
+
+
+def test_the_file_loads_in_another_process_that_has_no_yaml(tmp_path: Path) -> None:
+    model, inputs = models.towers()
+    kit = ak.attach(model, "seq_bn[reduction_factor=4]", interface=HERE / "towers.yaml", seed=0)
+    randomise(kit)
+    kit.save(tmp_path / "adapter")
+    with torch.no_grad():
+        wanted = model(**inputs)["scores"].double().sum().item()
+    code = (
+        "import sys, torch, adapterkit as ak\n"
+        "from tests.authoring.custom import models\n"
+        "model, inputs = models.towers()\n"
+        "ak.load(model, sys.argv[1])\n"
+        "with torch.no_grad(): print(model(**inputs)['scores'].double().sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "adapter")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert float(done.stdout) == wanted
+
+
+def test_a_prefix_in_einsum_is_the_prefix_in_matmul() -> None:
+    """The same attention written twice, with the same prefix; queries, keys and values have another order."""
+
+    class Matmul(models.Attend):
+        def forward(self, x: Any, states: Any, keep: Any, causal: bool = False) -> Any:
+            pairs = ((self.q, x), (self.k, states), (self.v, states))
+            q, k, v = (f(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f, y in pairs)
+            scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+            if keep is not None:
+                scores = scores.masked_fill(~keep[:, None, None, :].bool(), -1e4)
+            if causal:
+                scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -1e4)
+            return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    outs = []
+    for written in (models.Attend, Matmul):
+        model, inputs = models.pair()
+        for module in model.modules():
+            if type(module) is models.Attend:
+                module.__class__ = written
+        before = model(**inputs).detach()
+        kit = ak.attach(model, "prefix_tuning[prefix_length=3]", interface=HERE / "pair.yaml", seed=0)
+        randomise(kit)
+        outs.append(model(**inputs).detach())
+        assert not torch.allclose(before, outs[-1], atol=1e-3)
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_inverse_acts_before_the_vocabulary_that_the_interface_names() -> None:
+    """A plain module does not tell its output embeddings; `unembed` does."""
+    model, inputs = models.sloped()
+    kit = ak.attach(model, "invertible", interface=HERE / "sloped.yaml", seed=0)
+    randomise(kit)
+    assert {slot.role for slot in kit["default"].plan.slots} == {"embeddings", "unembed"}
+    seen = []
+    model.get_submodule("predict").register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    model(**inputs)
+    assert len(seen) == 1
