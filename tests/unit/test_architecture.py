@@ -131,6 +131,7 @@ def said(source: str) -> Iterator[tuple[int, str]]:
 
 
 OTHERS = {
+    ("author/inputs.py", "frames_per_clip"),  # a field of configs for films
     ("demo/train.py", "clip_grad_norm_"),  # a function of torch
     ("files/adapterhub/bottleneck.py", "bert"),
     ("methods/bottleneck.py", "bert"),  # a way to start weights, which AdapterHub calls so
