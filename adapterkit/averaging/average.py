@@ -117,6 +117,8 @@ def _as_it_is(adapter: Adapter) -> Made:
 def _method(parts: Sequence[Part], how: How) -> Made:
     """The average of one method: of changes where they can be added up, else of tensors."""
     units = [unit for part in parts for unit in part.units.values()]
+    if not any(unit.state_dict() for unit in units) and parts[0].shared is None:
+        return tensors.linear(parts)  # there is nothing to be averaged
     if how.strategy == "negate_b":
         return tensors.negate_b(parts)
     if all(map(scales.is_scale, units)):

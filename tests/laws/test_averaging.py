@@ -243,6 +243,15 @@ def test_every_member_of_a_union_is_averaged_in_its_own_way() -> None:
         torch.testing.assert_close(ab[key].double(), expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_members_without_tensors_stay(strategy: str) -> None:
+    kit = several(Case("xmod", "XmodModel", "lora"), dict.fromkeys("ab", "lora|silence"))
+    kit.average(["a", "b"], name="ab", strategy=strategy)
+    assert [member.method for member in kit["ab"].config.configs] == ["lora", "silence"]
+    silent = {address for address in kit["a"].units if address.startswith("1:")}
+    assert silent and silent == {address for address in kit["ab"].units if address.startswith("1:")}
+
+
 # --------------------------------------------------------------------------------------- the result itself
 
 

@@ -91,12 +91,40 @@ def loaded(case: Case, model: nn.Module, work: Path) -> ak.Kit:
     said = case.said()
     options: dict[str, Any] = {"head": False, "allow_bin": True}
     setup, skipped = said.get("setup", "a"), said.get("skip_layers", ())
+    if "average" in said and (kit := averaged(case, model, work, options)):
+        return kit
     if isinstance(setup, dict):
         kit = ak.load(model, setup_directory(case, work, setup), **options)
     else:
         kit = ak.load(model, adapter_directory(case, work, setup), name=setup, **options)
     if skipped:
         kit.activate(kit.active, skip_layers=left_out(kit.blueprint, skipped))
+    return kit
+
+
+def averaged(case: Case, model: nn.Module, work: Path, options: dict[str, Any]) -> ak.Kit | None:
+    """A model with the average of a case; None if ours means another thing, and its file has to be read.
+
+    Their `linear` averages tensors. Of low-rank updates ours does so under the name `negate_b`, but does not
+    turn the sign of both factors.
+    """
+    asked = case.said()["average"]
+    names = asked["adapter_list"]
+    weights = dict(zip(names, asked.get("weights") or [1.0] * len(names), strict=True))
+    linear = asked.get("combine_strategy", "linear") == "linear"
+    if linear and min(weights.values()) < 0:
+        return None
+    for name in names:
+        kit = ak.load(model, adapter_directory(case, work, name), name=name, **options)
+    config = kit[names[0]].config
+    factors = {member.method for member in getattr(config, "configs", (config,))} & {"lora", "vera"}
+    kit.average(
+        weights,
+        name="merged",
+        strategy="negate_b" if factors or not linear else "linear",
+        normalize=asked.get("normalize_weights", True),
+        activate=True,
+    )
     return kit
 
 

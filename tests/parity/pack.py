@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 
 from tests.parity import weights
 from tests.parity.recordings import (
+    AVERAGED,
     BOTTLENECK,
     COMPACT,
     FUSE,
@@ -33,7 +34,7 @@ from tests.parity.recordings import (
 
 LINEAR = r"lora_all|ia3_all"
 KEPT = {
-    "bert": rf"{LORA}|{BOTTLENECK}|{OTHERS}|{PROMPT}|{PREFIX}|{FUSE}|{SETUPS}",
+    "bert": rf"{LORA}|{BOTTLENECK}|{OTHERS}|{PROMPT}|{PREFIX}|{FUSE}|{SETUPS}|{AVERAGED}",
     "albert": r"lora_all|seq_bn|seq_bn_inv|noreft|prompt_.*|prefix_tuning",  # layers that are run again
     "clip": r"lora_all|ia3_all|vera|double_seq_bn|seq_bn_inv|loreft|prefix_tuning",  # two towers
     "deberta": rf"{LORA}|prompt_tuning|prefix_gating|unipelt",  # fused per head, cut into thirds
@@ -43,7 +44,7 @@ KEPT = {
     "|stack_parallel",
     "gemma2": r"lora_all|double_seq_bn|par_bn_mh|fuse2_double|fuse_par",  # norms behind the branches
     # fused in blocks, transposed; norms before the branches
-    "gpt2": rf"{LORA}|bn_ob.*|compacter|prefix_leave_out|mam|parallel_lora|stack_prefix",
+    "gpt2": rf"{LORA}|bn_ob.*|compacter|prefix_leave_out|mam|parallel_lora|stack_prefix|avg_w_lora_.*",
     "gptj": r"lora_all|bn_ob.*|par_bn_mh|adapterplus|unipelt|fuse2",  # branches beside one another
     # up and down are swapped
     "llama": rf"{LINEAR}|ia3_alpha2|merge_lora_all|seq_bn_inv|loreft|prefix_gating_unshared",
@@ -61,7 +62,7 @@ KEPT = {
 """Cases of the families that stand for a structure; of other families and classes, a few are kept."""
 ELSE = r"lora_all|double_seq_bn|prefix_tuning_flat"
 WITH_HEAD = r"lora|vera|seq_bn_inv"
-FACTS = ("attn", "merge", "setup", "skip_layers", "task_ids")
+FACTS = ("attn", "merge", "setup", "skip_layers", "task_ids", "average")
 
 
 def chosen(recording: Path) -> dict[str, list[Case]]:

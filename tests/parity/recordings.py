@@ -37,7 +37,8 @@ FUSE = r"fuse.*"
 ALONE = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PROMPT, PREFIX)))
 """Cases of one adapter each."""
 SETUPS = r"(batch_)?split.*|stack.*|parallel.*|average.*|multi_task.*|mtl.*|skip_layers.*"
-METHODS = re.compile(f"{ALONE.pattern}|{FUSE}|{SETUPS}")
+AVERAGED = r"avg_w_.*"
+METHODS = re.compile(f"{ALONE.pattern}|{FUSE}|{SETUPS}|{AVERAGED}")
 
 
 @dataclass(frozen=True)
