@@ -159,8 +159,6 @@ class Column:
         ids = self._ids(entry) if "ids" in found else None
         if ids is not None:
             return found | {"ids": ids}
-        if {"ids", "embeds"} <= found.keys():  # of images or sounds: a mask is not one of tokens
-            found |= {"mask": None, "positions": None}
         aligned = [name for name in _ALIGNED if name in taken]
         return found | ({"aligned": aligned} if aligned else {})
 

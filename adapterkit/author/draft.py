@@ -11,6 +11,7 @@ from torch import nn
 from adapterkit.author import tiny
 from adapterkit.author.columns import columns
 from adapterkit.author.describe import Notes, Scene, Words
+from adapterkit.author.likeness import shortened
 from adapterkit.author.observe import observe
 from adapterkit.author.yamltext import written
 from adapterkit.errors import Problem, ResolveError, SpecError, listing
@@ -45,8 +46,7 @@ class Draft:
     @property
     def summary(self) -> str:
         """What was found, and what was not, for people."""
-        stacks = self.data.get("stacks", {})
-        lines = [f"drafted from {type(self.model).__name__}: {listing(stacks)}"]
+        lines = [f"drafted from {type(self.model).__name__}: stacks {listing(self.interface.stacks)}"]
         lines += [f"  not found: {'.'.join(loc)}: {text}" for loc, text in self.notes.gaps]
         lines += [f"  look at: {'.'.join(loc)}: {text}" for loc, text in self.notes.remarks]
         return "\n".join(lines)
@@ -95,6 +95,13 @@ def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) 
         heads = [path for column in found for path in column.heads()]
         data |= {"heads": heads} if heads else {}
     _verify(model, data, notes)
+    near = shortened(model, data) if like and not notes.gaps else None
+    if near is not None:
+        name, data = near
+        known = registry.model_types().get(str(data.get("model_type")))
+        notes.remark(
+            ("like",), "it is known already" if known == name else f"nearest known interface: {name}"
+        )
     return Draft(data, notes, model, inputs)
 
 

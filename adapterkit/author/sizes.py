@@ -21,9 +21,11 @@ def missing_sizes(
     wide = scene.graph.nodes[event.query].shape[-1]
     wanted = dict(zip(("heads", "kv_heads"), describer.heads(event, None), strict=True))
     rows = {role: _rows(column, facts, words, role) for role in ("q", "k")}
+    # keys may have been repeated for the query heads; attention in pieces shows other numbers
+    whole = scene.graph.nodes[event.query].shape[0] == describer.batch
     for word, role in (("heads", "q"), ("kv_heads", "k")):
         count = rows[role]
-        if count is not None and count % wide == 0:
+        if count is not None and count % wide == 0 and not (whole and role == "q"):
             wanted[word] = count // wide
     fused = words.get("fused")
     if fused is not None and set(fused["order"]) == {"q", "k", "v"}:
@@ -61,12 +63,13 @@ def _rows(column: Column, facts: LayerFacts, words: Words, role: str) -> int | N
 
 
 def _named(column: Column, core: Any, word: str, count: int) -> str | None:
-    """A config field, or an attribute of the core, that holds this number and speaks of heads."""
-    found: list[str] = []
-    for holder in (column.config, core):
+    """A field of core or config that holds this number and speaks of heads."""
+    found: dict[str, Any] = {}
+    for holder in (core, column.config):
         for name, value in vars(holder).items() if holder is not None else ():
-            if "head" in name and "dim" not in name and type(value) is int and value == count:
-                found.append(name)
-    near = [name for name in found if ("kv" in name or "key" in name) == (word == "kv_heads")]
-    own = [name for name in near or found if column.name in name]
-    return next(iter((*own, *near, *found)), None)
+            if "head" in name and "dim" not in name and type(value) is int:
+                found.setdefault(name, value)
+    fitting = [name for name, value in found.items() if value == count]
+    near = [name for name in fitting if ("kv" in name or "key" in name) == (word == "kv_heads")]
+    own = [name for name in near or fitting if column.name in name]
+    return next(iter((*own, *near, *fitting)), None)

@@ -195,8 +195,8 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
 
 
 def usual_heads(config: Any, core: nn.Module | None) -> tuple[int | None, int | None]:
-    """(query heads, key/value heads) that config or core show under the usual names."""
-    heads, kv_heads = (_first(names, (config, core)) for names in (_HEADS, _KV_HEADS))
+    """(query heads, key/value heads) that core or config show under the usual names."""
+    heads, kv_heads = (_first(names, (core, config)) for names in (_HEADS, _KV_HEADS))
     return heads, kv_heads or heads
 
 
@@ -217,7 +217,8 @@ def _head_sizes(
     here: Here, said: Sizes | None, core: Found | None
 ) -> tuple[int | None, int | None, int | None]:
     """(query heads, key/value heads, width of a head): what the spec says, else what config or core show."""
-    holders = [holder for holder in (here.config, core.module if core else None) if holder is not None]
+    # the core knows best: a config may speak of another stack, of most layers, or of what it does not use
+    holders = [holder for holder in (core.module if core else None, here.config) if holder is not None]
 
     def look(word: str, usual: tuple[str, ...]) -> int | None:
         declared = getattr(said, word, None)

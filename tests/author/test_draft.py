@@ -86,6 +86,33 @@ def test_the_text_is_the_interface() -> None:
         assert found.is_complete
 
 
+@pytest.mark.parametrize(
+    ("model_type", "near", "left"),
+    [
+        ("camembert", {"bert", "roberta", "xlm_roberta"}, set()),
+        ("granite", {"llama", "mistral", "qwen2"}, set()),
+        ("mixtral", {"llama", "mistral", "qwen2"}, {"mlp"}),
+        ("deit", {"vit", "beit"}, set()),
+    ],
+)
+def test_a_family_that_is_near_is_copied(model_type: str, near: set[str], left: set[str]) -> None:
+    """Nothing is written but what differs, and it means the same as the draft written out."""
+    whole = drafting.draft(model_type, like=False)
+    short = drafting.of_model(whole.model, whole.inputs)
+    assert short.data["like"] in near or short.data["like"].startswith(tuple(near))
+    words = {word for stack in short.data.get("stacks", {}).values() for word in stack}
+    assert words == left
+    blueprints = (resolve(whole.model, registry.load_text(one.text, "<draft>")) for one in (whole, short))
+    equal, total, differing = meaning.compare(*blueprints)
+    assert equal == total, differing
+
+
+def test_a_family_that_is_like_no_other_is_written_out() -> None:
+    torch.manual_seed(0)
+    model = Column(rows_of("blocks", "qkv", 4, 4), 4, 4)
+    assert "like" not in drafting.of_model(model, {"input_ids": torch.arange(12).view(2, 6)}).data
+
+
 class Attention(nn.Module):
     """One matrix for q, k, v in an order and layout of choice; scores by products."""
 
