@@ -250,4 +250,5 @@ class Graph:
         inside = range(call.start, call.end)
         if any(at in self.projections for at in inside):
             return False
-        return any(self.nodes[at].op in NORMS for at in inside)
+        ops = {self.nodes[at].op for at in inside}
+        return bool(ops & NORMS) or {"pow", "mean"} <= ops  # a root may be written as a power

@@ -261,7 +261,7 @@ class Drawer:
                 yield [lambda name=name: {name: self._floats(BATCH, SEQ, self._width())}]  # type: ignore[misc]
 
     def _video(self) -> Inputs:
-        frames = self.find("num_frames", "frames_per_clip", "frames") or FRAMES
+        frames = self.find("num_frames", "frames") or FRAMES
         shape = (BATCH, min(frames, 4 * FRAMES), self._channels(), *self._side())
         return {"pixel_values_videos": self._floats(*shape)}
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from adapterkit.author import mlp_claims
 from adapterkit.author.graph import Call
-from adapterkit.author.layers import LayerFacts
+from adapterkit.author.layers import BranchFacts, LayerFacts
 from adapterkit.author.seen import Block, BranchSeen, Seen, blocks
 from adapterkit.model import linear
 from adapterkit.model.blueprint import Slot
@@ -73,7 +73,7 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
     for block in said:
         found = [branch for branch in left if branch.kind == block.word]
         ends = {block.path("o"), block.path("down"), block.path("out")} - {None}
-        right = [b for b in found if b.projection is not None and b.projection.path in ends] or found
+        right = [b for b in found if _ends(b) & ends] or found
         if right:
             left.remove(right[0])
             seen.judge(True, block.loc, f"{block.word} is a branch that is added to the stream", "")
@@ -85,7 +85,11 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
             continue
         kinds = ", ".join(branch.kind for branch in facts.branches) or "none"
         seen.refute(block.loc, text, f"branches in {facts.call.path}: {kinds}")
+    named = {slot.path for block in said for slot in block.slots.values()}
     for branch in left:
+        end = branch.projection
+        if end is not None and (end.path in named or _convolves(seen, end.path)):
+            continue  # a further branch: its linear maps are named under `extra`, for others there is no word
         what = (
             branch.projection.path
             if branch.projection
@@ -98,6 +102,17 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
             text,
             observed,
         )
+
+
+def _convolves(seen: Seen, path: str) -> bool:
+    """Whether a module with weights is no linear map."""
+    return linear.shape(seen.blueprint.model.get_submodule(path)) is None
+
+
+def _ends(branch: BranchFacts) -> set[str]:
+    """Paths of the modules that may be said to give a branch its output."""
+    found = {call.path for call in branch.outs}
+    return found | ({branch.projection.path} if branch.projection is not None else set())
 
 
 def _named(seen: Seen, said: list[Block], layer: Call) -> None:

@@ -23,7 +23,7 @@ _OWN = ("adapterkit", "model_type", "source")
 
 
 def shortened(model: nn.Module, data: Words) -> tuple[str, Words] | None:
-    """(name, the draft as `like` that interface and its differences) for the nearest; None if none is near."""
+    """(name, the draft as `like` that interface with its differences) of the nearest, if one is near."""
     whole = resolve(model, registry.load(data))
     wanted = meaning.facts(whole)
     target = _plain(data)
@@ -107,7 +107,7 @@ def _means(model: nn.Module, data: Words, wanted: meaning.Facts) -> bool:
 
 
 def _file(data: Words, name: str, difference: Words) -> Words:
-    """The whole file; blocks about files made elsewhere are not copied, since they speak of another family."""
+    """The whole file, without a copy of blocks about foreign files, which speak of another family."""
     own = {key: data[key] for key in _OWN if key in data}
     base = registry.by_name(name)
     foreign = {"adapterhub": None} if base.adapterhub is not None else {}
