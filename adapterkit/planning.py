@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,16 +104,20 @@ def choose(blueprint: Blueprint, config: MethodConfig, strict: bool) -> Selectio
     Raises: PlanError: the family says that it cannot have the method, or (if strict) something asked for is
     missing.
     """
-    reason = blueprint.unsupported.get(config.method)
-    if reason is not None:
-        raise PlanError(
-            Problem("unsupported", f"{blueprint.interface_name} has no {config.method}: {reason}")
-        )
+    _refuse(config, blueprint.interface_name, blueprint.unsupported)
     selection = config.select(blueprint)
+    for stack in dict.fromkeys(slot.stack for slot in selection.slots):
+        _refuse(config, stack, blueprint.stacks[stack].interface.unsupported)
     if selection.missing and (strict or not selection.slots):
         raise PlanError(selection.missing)
     config.check(selection.slots)
     return selection
+
+
+def _refuse(config: MethodConfig, who: str, unsupported: Mapping[str, str]) -> None:
+    reason = unsupported.get(config.method)
+    if reason is not None:
+        raise PlanError(Problem("unsupported", f"{who} has no {config.method}: {reason}"))
 
 
 def build(config: MethodConfig, slots: tuple[Slot, ...], generator: torch.Generator | None) -> Draft:

@@ -100,7 +100,8 @@ def _stack(blueprint: Blueprint, info: StackInfo) -> Facts:
             info.reads.mask,
         )
     for sublayer, sizes in info.sizes.items():
-        found[first, f"{sublayer}.sizes"] = sizes
+        if "." not in sublayer:
+            found[first, f"{sublayer}.sizes"] = sizes
     return found
 
 

@@ -46,8 +46,9 @@ def _heads(seen: Seen, block: Block, facts: BranchFacts) -> None:
     slot = block.slots.get("k")
     if slot is not None and slot.shape is not None and slot.shape[0] % key[-1] == 0:
         observed["kv_heads"] = slot.shape[0] // key[-1]
-    heads, kv_heads = seen.info.sizes.get(block.word, (None, None))
-    dims = seen.info.head_dims.get(block.word)
+    address = next((place.sublayer_address for place in block.places.values()), block.word)
+    heads, kv_heads = seen.info.sizes.get(address, (None, None))
+    dims, _ = seen.info.head_dims.get(address, (None, None))
     said = {"heads": heads, "kv_heads": kv_heads, "head_dim": dims}
     for word, number in said.items():
         if number is None or word not in observed:

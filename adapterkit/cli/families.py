@@ -12,7 +12,7 @@ from adapterkit.errors import ConfigError, SpecError, listing
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.names import METHODS, PRESETS, parse
 from adapterkit.spec import registry
-from adapterkit.spec.schema import Attention, Interface, Layer, Mlp, Stack
+from adapterkit.spec.schema import Interface, Layer, Stack, Sublayer
 from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, SUBLAYERS
 
 
@@ -74,31 +74,47 @@ def refusal(interface: Interface, config: MethodConfig) -> str | None:
         why = refusal(interface, member)
         if why is not None:
             return why
-    layers = [layer for stack in interface.stacks.values() for layer in _layers(stack)]
-    sublayers = {word for layer in layers for word in SUBLAYERS if getattr(layer, word) is not None}
-    roles = {role for stack in interface.stacks.values() for role in _roles_of_stack(stack)}
+    said = [sublayer for stack in interface.stacks.values() for sublayer in _sublayers(stack)]
+    branches = {word for word, sublayer in said if "branch" not in sublayer.without}
+    roles = {role for stack in interface.stacks.values() for role in (*stack.extra, *stack_roles(stack))}
     wanted = getattr(config, "targets", ())
     lacking = [role for role in wanted if role.rpartition(".")[2] not in roles] if wanted != "all" else []
-    lacking += [word for word in getattr(config, "locations", ()) if word not in sublayers]
-    return f"it has no {listing(lacking)}" if lacking and not interface.parts else None
+    lacking += [word for word in getattr(config, "locations", ()) if word not in branches]
+    if not lacking or interface.parts:
+        return None
+    reasons = [_reason(said, word) for word in lacking]
+    why = listing(dict.fromkeys(reason for reason in reasons if reason))
+    return f"it has no {listing(lacking)}" + (f": {why}" if why else "")
+
+
+def _reason(said: list[tuple[str, Sublayer]], lacking: str) -> str:
+    """Why there is no such role or no branch of such a sublayer, where the interface tells."""
+    word, _, role = lacking.rpartition(".")
+    told = (
+        sublayer.without.get("branch" if lacking == kind else role, "")  # type: ignore[call-overload]
+        for kind, sublayer in said
+        if lacking == kind or not word or word == kind
+    )
+    return next(filter(None, told), "")
 
 
 def _layers(stack: Stack) -> list[Layer]:
     return [stack, *(stack.kinds.of.values() if stack.kinds else ())]
 
 
-def _roles_of_stack(stack: Stack) -> Iterator[str]:
-    yield from stack.extra
+def _sublayers(stack: Stack) -> Iterator[tuple[str, Sublayer]]:
+    """Every sublayer of every kind of layer with its word; its alternatives one by one."""
     for layer in _layers(stack):
-        for sublayer in (layer.attention, layer.cross_attention, layer.mlp):
+        for word in SUBLAYERS:
+            sublayer = getattr(layer, word)
             if sublayer is not None:
-                yield from _roles(sublayer)
+                yield from ((word, option) for option in sublayer.any_of or (sublayer,))
 
 
-def _roles(sublayer: Attention | Mlp) -> Iterator[str]:
-    for option in sublayer.any_of or ():
-        yield from _roles(option)
-    known = ATTENTION_ROLES if isinstance(sublayer, Attention) else MLP_ROLES
-    yield from (role for role in known if getattr(sublayer, role) is not None)
-    yield from sublayer.fused.order if sublayer.fused else ()
-    yield from sublayer.extra
+def stack_roles(stack: Stack) -> Iterator[str]:
+    """Every role and extra name that some layer of the stack has."""
+    for word, sublayer in _sublayers(stack):
+        known = MLP_ROLES if word == "mlp" else ATTENTION_ROLES
+        yield from (role for role in known if getattr(sublayer, role) is not None)
+        yield from sublayer.fused.order if sublayer.fused else ()
+        yield from sublayer.extra

@@ -153,10 +153,10 @@ class Intercept(TorchFunctionMode):
         return out
 
     def _baddbmm(
-        self, func: Function, added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **kwargs: Any
+        self, func: Function, added: torch.Tensor, batch1: torch.Tensor, batch2: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        out: torch.Tensor = func(added, left, right, **kwargs)
-        scores = self._scores(left, right)
+        out: torch.Tensor = func(added, batch1, batch2, **kwargs)
+        scores = self._scores(batch1, batch2)
         if scores is not None:
             self.known.append(_Beside("scores", out, scores * kwargs.get("alpha", 1)))
         return out

@@ -14,7 +14,7 @@ from torch import nn
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import BranchConfig, Helper, Shared, Unit, Unmergeable
-from adapterkit.methods.flow import Capture, Flow, Result, base_forward, first, flow_of, with_first
+from adapterkit.methods.flow import Capture, Flow, Result, base_forward, first, flow_of, number, with_first
 from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import Branch, branches
@@ -213,6 +213,7 @@ class Bottleneck(Unmergeable):
         self.norm: tuple[nn.Module, ...] = () if after is None else (after.module,)
         self.norm_forward = None if after is None else base_forward(after.module)
         self.replaces_norm = after is not None and not branch.own_adapter
+        self.factor = branch.scale
         if config.ln_before:
             self.norm_before = nn.LayerNorm(d_model)
         if config.ln_after:
@@ -289,20 +290,29 @@ class Bottleneck(Unmergeable):
             residual = z
         return z, residual
 
+    def leave(self, out: Any, result: torch.Tensor) -> Any:
+        """`out` such that `result` is what the model adds to the stream."""
+        if self.factor == 1:
+            return with_first(out, result)
+        h, factor = first(out), number(self.factor)
+        return with_first(out, h + (result - h * factor) / factor)  # the same bits if nothing is added
+
     def gives(self, out: Any, result: torch.Tensor, x: torch.Tensor, flow: Flow) -> Any:
         """Let `result` leave the sublayer: to the model's own residual add, or past it."""
         if self.config.original_ln_after:
-            return with_first(out, result)
+            return self.leave(out, result)
         if not self.replaces_norm:
             # the model adds the residual that the adapter leaves out: one rounding
             flow[f"{self.branch}^"] = 1.0
-            return with_first(out, result - x)
+            return self.leave(out, result - x)
         flow[f"{self.branch}="] = result
         return out
 
     def takes(self, out: Any, flow: Flow) -> torch.Tensor:
-        """The branch h: the output of the sublayer, or what an adapter before this one made of it."""
+        """The branch h as it is added: the output of the sublayer, or what an adapter before made of it."""
         h, b = first(out), self.branch
+        if self.factor != 1:
+            h = h * number(self.factor)
         done, share = flow.pop(f"{b}=", None), flow.pop(f"{b}^", None)
         if done is not None:
             where = flow.pop(f"{b}?", None)
@@ -325,7 +335,7 @@ class Bottleneck(Unmergeable):
         if self.norm_forward is None and config.exact and not config.original_ln_after:
             # branch + x is what the model makes of the branch alone
             flow[f"{self.branch}^"] = 1.0
-            return with_first(out, h + u)
+            return self.leave(out, h + u)
         inside = config.adapter_residual_before_ln and not config.is_parallel
         if config.ln_after:
             u = self.norm_after((u + own if inside else u).to(self.dtype)).to(u.dtype)

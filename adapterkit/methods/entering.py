@@ -138,7 +138,8 @@ class Widen(nn.Module):
             return (), given
         for name in names.aligned:
             if given.get(name) is not None:
-                given[name] = insert(given[name], given[name].new_zeros(1, count), index)
+                value = given[name]
+                given[name] = insert(value, value.new_zeros(1, count, *value.shape[2:]), index)
         if self.tables:
             embeds = self.tables[0](ids) if embeds is None else embeds
             given[str(names.embeds)] = self.acting.put(embeds, flow)
@@ -159,6 +160,9 @@ class Widen(nn.Module):
         if positions is None and name and ids is not None and not past and self.blocks:
             block: Any = self.blocks[0]
             positions = getattr(block, FROM_IDS)(ids, block.padding_idx)
+        if positions is not None and positions.ndim > 2:
+            message = f"{name!r} has {positions.ndim} axes: a prompt has no place in a grid of positions"
+            raise PlanError(Problem("unfit-input", message, self.stack))
         return positions
 
 

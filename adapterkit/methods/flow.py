@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.model.blueprint import Blueprint, Scale, Slot
 
 Flow = dict[str, Any]
 
@@ -31,13 +31,18 @@ def flow_of(host: nn.Module) -> Flow:
 
 def first(out: Any) -> torch.Tensor:
     """The tensor that a module gives to the stream: its first output."""
-    found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    found: torch.Tensor = out[0] if isinstance(out, tuple | list) else out
     return found
 
 
 def with_first(out: Any, value: torch.Tensor) -> Any:
     """`out` with another first output."""
-    return (value, *out[1:]) if isinstance(out, tuple) else value
+    return type(out)((value, *out[1:])) if isinstance(out, tuple | list) else value
+
+
+def number(scale: Scale) -> Any:
+    """The value of a factor: a number or a tensor."""
+    return getattr(*scale) if isinstance(scale, tuple) else scale
 
 
 class Capture(nn.Module):

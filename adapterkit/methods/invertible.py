@@ -53,7 +53,8 @@ class InvertibleConfig(MethodConfig):
         """
         read = [name for name, info in blueprint.stacks.items() if info.reads is not None]
         named = embedding_slots(blueprint)
-        slots = {a: s for a, s in named.items() if s.stack not in read} or named
+        usual = {a: s for a, s in named.items() if blueprint.stacks[s.stack].by_default}
+        slots = {a: s for a, s in usual.items() if s.stack not in read} or usual
         if self.stacks is not None:
             slots = {a: s for a, s in named.items() if s.stack in self.stacks}
         if not slots:

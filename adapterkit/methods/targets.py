@@ -45,7 +45,7 @@ def select(
     chosen: dict[str, Slot] = {}
     problems: list[Problem] = []
     everything = targets == "all"
-    for target in blueprint.roles() if everything else targets:
+    for target in blueprint.roles(by_default=True) if everything else targets:
         slots, missing = _target(blueprint, target, kept, partial=everything)
         chosen |= {slot.address: slot for slot in slots}
         problems += missing
@@ -76,7 +76,8 @@ def select_branches(
         ]
         if not matching:
             known = sorted({str(slot.sublayer) for slot in found.values()})
-            message = f"this model has no branch {location!r} ({blueprint.interface_name})"
+            why = blueprint.why_without("branch", sublayer)
+            message = f"this model has no branch {location!r} ({blueprint.interface_name}){why}"
             expected = f"branches here: {listing(known)}"
             problems.append(
                 Problem("no-such-branch", message, location, expected, did_you_mean(location, known))
@@ -167,21 +168,24 @@ def _by_role(
     found = [slot for slot in matching if slot.layer is None or (slot.stack, slot.layer) in layers]
     if not matching:
         known = blueprint.roles()
-        message = f"this model has no {target!r} ({blueprint.interface_name})"
+        why = blueprint.why_without(role, sublayer)
+        message = f"this model has no {target!r} ({blueprint.interface_name}){why}"
         expected = f"targets here: {listing(known)}"
         return [], [Problem("no-such-role", message, target, expected, did_you_mean(target, known))]
     if partial:
         return found, []
+    if role not in _OWNERS:
+        return found, []  # an extra is there wherever the interface names it
     have = {slot.sublayer_address for slot in found}
-    owners = (
-        (sublayer,)
-        if sublayer in SUBLAYERS
-        else _OWNERS.get(role, tuple({str(s.sublayer) for s in matching}))
-    )
+    owners = (sublayer,) if sublayer in SUBLAYERS else _OWNERS[role]
     expected_at = {
         slot.sublayer_address
         for slot in blueprint
-        if slot.stack in stacks and slot.sublayer in owners and (slot.stack, slot.layer) in layers
+        if slot.stack in stacks
+        and slot.sublayer in owners
+        and (slot.stack, slot.layer) in layers
+        # the interface tells why it has none
+        and role not in blueprint.without.get(slot.sublayer_address, {})
     }
     lacking = sorted(expected_at - have)
     if not lacking:

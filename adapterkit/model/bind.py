@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from adapterkit.model import layouts, linear
@@ -21,6 +24,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 # attributes under which attention modules keep head counts, where no config shows them
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
+_GROUPS = "num_key_value_groups"  # query heads for one key/value head
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
 
@@ -60,6 +64,7 @@ def _choose(here: Here, said: Sublayer) -> None:
         _bind(place.drafting(trial), option)
         tried.append(trial)
     complete = [trial for trial in tried if not trial.problems]
+    complete = [trial for trial in complete if not any(_does_without(trial, o) for o in complete)]
     if said.optional is not None:
         here.draft.presence.setdefault((here.loc, str(here.sublayer)), set()).add(bool(complete))
         # nothing of it is there: absent, not misspelt
@@ -80,6 +85,15 @@ def _choose(here: Here, said: Sublayer) -> None:
         here.note("no-alternative", "no alternative's 'when' holds for this config", words=("any_of",))
 
 
+def _does_without(trial: Draft, other: Draft) -> bool:
+    """Whether a trial is said to lack what another has found."""
+    lacking, lacking_there = (
+        {word for reasons in draft.without.values() for word in reasons} for draft in (trial, other)
+    )
+    has = {slot.role for slot in other.slots.values()} | ({"branch"} - lacking_there)
+    return not lacking.isdisjoint(has)
+
+
 def _bind(here: Here, said: Sublayer) -> None:
     core = here.find(said.core, "core") if isinstance(said, Attention) else None
     for name, path in said.points:
@@ -94,7 +108,11 @@ def _bind(here: Here, said: Sublayer) -> None:
         found = here.find(path, "extra", extra)
         if found:
             add_slot(here, extra, found, ("extra", extra))
-    if isinstance(said, Attention):
+    if said.without:
+        here.draft.without[here.address] = {str(word): why for word, why in said.without.items()}
+    if said.scale is not None:
+        _bind_scale(here, said.scale)
+    if isinstance(said, Attention) and (core or said.fused or not said.without):
         bias = here.find(said.position_bias, "position_bias")
         if bias:
             add_place(here, f"{here.address}.position_bias", bias)
@@ -102,8 +120,9 @@ def _bind(here: Here, said: Sublayer) -> None:
         here.draft.kernels[word], here.draft.eager[word] = said.kernel, said.eager
         if said.kernel is not None and core is not None:
             _check_kernel(here, said.kernel.method, core)
-        *heads, head_dim = _head_sizes(here.at("sizes"), said.sizes, core)
-        here.draft.sizes[word], here.draft.head_dims[word] = (heads[0], heads[1]), head_dim
+        heads, dims = _head_sizes(here.at("sizes"), said.sizes, core)
+        for key in (word, here.address):  # layers of one stack may differ
+            here.draft.sizes[key], here.draft.head_dims[key] = heads, dims
     if said.fused is not None:
         host = here.find(said.fused.path, "fused", "path")
         if host:
@@ -176,9 +195,18 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
     whole = add_slot(here, "fused", host, ("path",))
     if whole is None or whole.shape is None or said.fused is None:
         return
-    heads = here.draft.sizes.get(str(here.sublayer), (None, None))
+    heads = here.draft.sizes.get(here.address, (None, None))
+    core = here.draft.places.get(f"{here.address}.core")
+    holders = _Holders(here, Found(core.module, core.path, _ITSELF) if core else None)
+    widths = {
+        role: holders.said(here.at("widths", role), said) or 0 for role, said in said.fused.widths.items()
+    }
+    if 0 in widths.values():
+        return
     try:
-        rows = layouts.split(whole.shape[0], said.fused.layout, said.fused.order, *heads)
+        rows = layouts.split(
+            whole.shape[0], said.fused.layout, said.fused.order, *heads, widths, said.fused.groups
+        )
     except ValueError as error:
         here.note(
             "bad-layout", f"{host.path}: {error}", "expected rows as 'layout' and 'order' say", "see 'sizes'"
@@ -196,13 +224,12 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
 
 def usual_heads(config: Any, core: nn.Module | None) -> tuple[int | None, int | None]:
     """(query heads, key/value heads) that core or config show under the usual names."""
-    heads, kv_heads = (_first(names, (core, config)) for names in (_HEADS, _KV_HEADS))
-    return heads, kv_heads or heads
-
-
-def _first(names: tuple[str, ...], holders: tuple[Any, ...]) -> int | None:
-    found = (attribute(holder, name) for holder in holders for name in names)
-    return next((value for value in found if isinstance(value, int)), None)
+    heads, kv_heads = (
+        next(_whole(attribute(holder, name) for holder in (core, config) for name in names), None)
+        for names in (_HEADS, _KV_HEADS)
+    )
+    each = next(_whole([attribute(core, _GROUPS)]), 1)
+    return heads, kv_heads or (heads // each if heads else None)
 
 
 def attribute(holder: Any, name: str) -> Any:
@@ -213,29 +240,66 @@ def attribute(holder: Any, name: str) -> Any:
         return None
 
 
+def _whole(values: Iterable[Any]) -> Iterator[int]:
+    return (value for value in values if isinstance(value, int) and not isinstance(value, bool))
+
+
+class _Holders:
+    """Where sizes may be found: the module that computes attention, and the config."""
+
+    def __init__(self, here: Here, core: Found | None) -> None:
+        self.here, self.core = here, core
+
+    def of_core(self, name: str) -> Any:
+        if self.core is None:
+            return None
+        value = self.here.draft.looked[self.core.path, name] = plain(self.core.module, name)
+        return value
+
+    def find(self, names: tuple[str, ...]) -> int | None:
+        """What the core, else the config, has under one of the names.
+
+        The core knows best: a config may speak of another stack, of most layers, or of what it does not use.
+        """
+        config = (attribute(self.here.config, name) for name in names)
+        return next(_whole(chain(map(self.of_core, names), config)), None)
+
+    def said(self, here: Here, said: int | str) -> int | None:
+        """A size that the spec says: a number, or the name of an attribute of the core or of the config."""
+        if isinstance(said, int):
+            return said
+        number = self.find((said,))
+        if number is None:
+            fact = f"neither the config nor the core has a whole number {said!r}"
+            here.note("unknown-config-field", fact)
+        return number
+
+
 def _head_sizes(
     here: Here, said: Sizes | None, core: Found | None
-) -> tuple[int | None, int | None, int | None]:
-    """(query heads, key/value heads, width of a head): what the spec says, else what config or core show."""
-    # the core knows best: a config may speak of another stack, of most layers, or of what it does not use
-    holders = [holder for holder in (core.module if core else None, here.config) if holder is not None]
+) -> tuple[tuple[int | None, int | None], tuple[int | None, int | None]]:
+    """(query heads, key/value heads), (width of a head, of one of the values): said, or shown by the two."""
+    holders = _Holders(here, core)
 
     def look(word: str, usual: tuple[str, ...]) -> int | None:
         declared = getattr(said, word, None)
-        if isinstance(declared, int):
-            return declared
-        for holder in holders:
-            for name in (declared,) if declared else usual:
-                if core is not None and holder is core.module:
-                    value = here.draft.looked[core.path, name] = plain(core.module, name)
-                else:
-                    value = attribute(holder, name)
-                if isinstance(value, int):
-                    return value
-        if declared:
-            fact = f"neither the config nor the core has a whole number {declared!r}"
-            here.note("unknown-config-field", fact, words=(word,))
-        return None
+        return holders.find(usual) if declared is None else holders.said(here.at(word), declared)
 
-    head_dim, heads = look("head_dim", ()), look("heads", _HEADS)
-    return heads, look("kv_heads", _KV_HEADS) or heads, head_dim
+    heads, head_dim = look("heads", _HEADS), look("head_dim", ())
+    kv_heads = look("kv_heads", _KV_HEADS)
+    if kv_heads is None and heads is not None:
+        kv_heads = heads // (holders.find((_GROUPS,)) or 1)
+    return (heads, kv_heads), (head_dim, look("value_dim", ()) or head_dim)
+
+
+def _bind_scale(here: Here, said: float | str) -> None:
+    """The factor of a branch: a number, else a field of the config, else an attribute of the layer."""
+    layer = here.root
+    value = attribute(here.config, said) if isinstance(said, str) else said
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        here.draft.scales[here.address] = float(value)
+    elif isinstance(getattr(layer, str(said), None), int | float | torch.Tensor):
+        here.draft.scales[here.address] = (layer, str(said))
+    elif not hasattr(layer, str(said)):
+        fact = f"neither the config nor the layer has a number {said!r}"
+        here.note("unknown-config-field", fact, words=("scale",))

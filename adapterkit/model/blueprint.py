@@ -40,6 +40,10 @@ class Slot:
         return self.address.rpartition(".")[0]
 
 
+Scale = float | tuple[nn.Module, str]
+"""A factor: a number, or a module and the name of the attribute that holds it."""
+
+
 @dataclass(frozen=True)
 class StackInfo:
     """One stack of the model and what the entry of it is told."""
@@ -58,9 +62,9 @@ class StackInfo:
     kernels: Mapping[str, Kernel | None]
     eager: Mapping[str, str | None]
     sizes: Mapping[str, tuple[int | None, int | None]]
-    """sublayer -> (query heads, key/value heads), as far as known."""
-    head_dims: Mapping[str, int | None] = field(default_factory=dict)
-    """sublayer -> width of one head, where the interface says it."""
+    """sublayer, and address of one -> (query heads, key/value heads), as far as known."""
+    head_dims: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    """Likewise the width of one head, and of one of the values, where the interface says it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,10 @@ class Blueprint:
     heads: tuple[Head, ...]
     poolers: tuple[Head, ...]
     unsupported: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+    """Address of a sublayer -> factor of its branch at the residual add."""
+    without: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Address of a sublayer -> what it does without, and why."""
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self.slots.values())
@@ -94,9 +102,23 @@ class Blueprint:
         """Numbers of the model itself, without adapters; tied ones count once."""
         return sum(parameter.numel() for _, parameter in named_parameters(self.model))
 
-    def roles(self) -> tuple[str, ...]:
-        """Every role and extra name that some slot has, in order of appearance, without `fused`."""
-        return tuple(dict.fromkeys(slot.role for slot in self if slot.role != "fused"))
+    def roles(self, by_default: bool = False) -> tuple[str, ...]:
+        """Every role and extra name that some slot has, in order of appearance, without `fused`.
+
+        Args: by_default: only those of stacks that roles reach without an address.
+        """
+        slots = (slot for slot in self if not by_default or self.stacks[slot.stack].by_default)
+        return tuple(dict.fromkeys(slot.role for slot in slots if slot.role != "fused"))
+
+    def why_without(self, what: str, sublayer: str = "") -> str:
+        """Why no sublayer (of this kind) has a role or a branch, as far as the interface says; with ': '."""
+        said = (
+            reasons[what]
+            for address, reasons in self.without.items()
+            if what in reasons and address.endswith(sublayer)
+        )
+        reason = next(said, "")
+        return f": {reason}" if reason else ""
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.model.blueprint import Blueprint, Scale, Slot
 
 # where the branch begins: a projection that is called once, on the stream itself
 _INPUTS = {
@@ -21,8 +21,10 @@ _OUTPUTS = {"attention": "o", "cross_attention": "o", "mlp": "down"}
 class Branch(Slot):
     """One sublayer of one layer as a slot: `module` is where adapters act, `shape` is (D, D)."""
 
+    shape: tuple[int, int]
     start: Slot
-    """The module whose input is the residual x: the norm before the branch, else its first projection."""
+    """The module whose input is the residual x: the one that is named, the norm before the branch, else its
+    first projection."""
     inside: Slot
     """The first projection, whose input is what the norm before the branch gives."""
     projection: Slot
@@ -35,6 +37,8 @@ class Branch(Slot):
     """The model has an adapter of its own behind the sum, which may call the norms again."""
     chunked: bool = False
     """The sublayer is called with a few positions at a time."""
+    scale: Scale = 1.0
+    """Factor of the branch where it is added to the stream, behind the last module."""
 
 
 def branches(blueprint: Blueprint, before_norm: bool = False) -> dict[str, Branch]:
@@ -51,6 +55,10 @@ def branches(blueprint: Blueprint, before_norm: bool = False) -> dict[str, Branc
                     size = getattr(stack.layers[index], "chunk_size_feed_forward", None)
                     chunked = sublayer == "mlp" and bool(size)
                     found[branch.address] = replace(branch, chunked=chunked) if chunked else branch
+    widths = {(branch.stack, branch.layer): branch.shape for branch in found.values() if branch.shape[0]}
+    for address, branch in found.items():
+        if not branch.shape[0]:  # nothing beside it shows its width, but the stream has one
+            found[address] = replace(branch, shape=widths.get((branch.stack, branch.layer), (0, 0)))
     return found
 
 
@@ -60,11 +68,13 @@ def _branch(
     address = f"{layer}.{sublayer}"
     slots, places = blueprint.slots, blueprint.places
     projection = places.get(f"{address}.out") or slots.get(f"{address}.{_OUTPUTS[sublayer]}")
-    if projection is None:
+    if projection is None or "branch" in blueprint.without.get(address, {}):
         return None
     inputs = (slots.get(f"{address}.{role}") for role in _INPUTS[sublayer])
     norm = places.get(f"{address}.norm.before") or places.get(f"{layer}.norm.before")
-    inside = next((slot for slot in inputs if slot is not None), norm)
+    start = places.get(f"{address}.start")
+    # a module that is the whole branch, and no projection, is called with what the branch reads
+    inside = next((slot for slot in inputs if slot is not None), norm or places.get(f"{address}.out"))
     if inside is None:
         return None
     points = ("tail",) if before_norm else ("norm.after", "tail")
@@ -81,12 +91,13 @@ def _branch(
         path=act.path,
         shape=(width, width),
         batch=act.batch,
-        start=norm or inside,
+        start=start or norm or inside,
         inside=inside,
         projection=projection,
         after_residual=after,
         parallel=parallel,
         own_adapter=f"{address}.own_adapter" in places,
+        scale=blueprint.scales.get(address, 1.0),
     )
 
 

@@ -43,12 +43,19 @@ def cores(blueprint: Blueprint) -> dict[str, Core]:
 
 def _core(blueprint: Blueprint, place: Slot) -> Core:
     sublayer, info = str(place.sublayer), blueprint.stacks[place.stack]
-    _, kv_heads = info.sizes.get(sublayer, (None, None))
-    said = info.head_dims.get(sublayer) or 0
-    roles = [blueprint.slots.get(f"{place.sublayer_address}.{role}") for role in ("k", "v", "q", "fused")]
-    key, value, *others = ((slot.shape if slot is not None else None) for slot in roles)
-    dims = [shape[0] // kv_heads if shape and kv_heads else said for shape in (key, value)]
-    width = next((shape[1] for shape in (*others, key) if shape), 0)
+    _, kv_heads = info.sizes.get(place.sublayer_address, (None, None))
+    said = info.head_dims.get(place.sublayer_address, (None, None))
+    roles = [
+        blueprint.slots.get(f"{place.sublayer_address}.{role}") for role in ("k", "v", "o", "q", "fused")
+    ]
+    key, value, out, *inputs = ((slot.shape if slot is not None else None) for slot in roles)
+    rows, dim = (value, said[1]) if value else (key, said[0])
+    if rows and dim and rows[0] != (kv_heads or 0) * dim:
+        kv_heads = rows[0] // dim  # layers of one stack may have different numbers of heads
+    shown = [shape[0] // kv_heads if shape and kv_heads else 0 for shape in (key, value)]
+    dims = [dim or seen for dim, seen in zip(said, shown, strict=True)]
+    # what is given back to the stream has its width; a query may be asked from less
+    width = out[0] if out else next((shape[1] for shape in (*inputs, key) if shape), 0)
     return Core(
         address=place.address,
         role="core",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,30 +46,70 @@ class Rows:
 
 
 def split(
-    total: int, layout: Layout, order: tuple[str, ...], heads: int | None = None, kv_heads: int | None = None
+    total: int,
+    layout: Layout,
+    order: tuple[str, ...],
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    widths: Mapping[str, int] | None = None,
+    groups: int | None = None,
 ) -> dict[str, Rows]:
     """Rows of each role of a fused matrix with `total` rows.
 
     Args: heads, kv_heads: H query heads and K key/value heads; not needed for gate and up, nor for equal
-    blocks.
+    blocks. widths: rows of one head of each role, where they differ. groups: number of equal groups that hold
+    equal blocks of all roles, if not that of heads.
     Raises: ValueError: the rows do not divide among the heads.
     """
+    if groups is not None:
+        return _grouped(total, groups, {role: 1 for role in order})
+    if widths:
+        return _unequal(total, layout, order, heads, kv_heads, widths)
     if set(order) & {"gate", "up"} or (layout == "blocks" and heads is None):
         return _blocks(total, {role: 1 for role in order})
     if heads is None:
         raise ValueError("the number of heads is not known")
-    groups = kv_heads or heads
-    if heads % groups:
-        raise ValueError(f"{heads} query heads do not divide among {groups} key/value heads")
+    kv = kv_heads or heads
+    if heads % kv:
+        raise ValueError(f"{heads} query heads do not divide among {kv} key/value heads")
     if layout == "blocks":
-        return _blocks(total, {role: heads if role == "q" else groups for role in order})
-    if layout == "per_head" and groups != heads:
-        raise ValueError(f"layout per_head needs as many key/value heads ({groups}) as query heads ({heads})")
+        return _blocks(total, {role: heads if role == "q" else kv for role in order})
+    if layout == "per_head" and kv != heads:
+        raise ValueError(f"layout per_head needs as many key/value heads ({kv}) as query heads ({heads})")
     # one group for each key/value head: within it the roles lie in blocks
+    return _grouped(total, kv, {role: heads // kv if role == "q" else 1 for role in order})
+
+
+def _grouped(total: int, groups: int, shares: dict[str, int]) -> dict[str, Rows]:
+    """Equal groups of rows, in each of them the roles in blocks."""
     if total % groups:
         raise ValueError(f"{total} rows do not divide among {groups} groups")
-    per_group = _blocks(total // groups, {role: heads // groups if role == "q" else 1 for role in order})
-    return {role: Rows(groups, total // groups, rows.start, rows.length) for role, rows in per_group.items()}
+    width = total // groups
+    return {
+        role: Rows(groups, width, rows.start, rows.length) for role, rows in _blocks(width, shares).items()
+    }
+
+
+def _unequal(
+    total: int,
+    layout: Layout,
+    order: tuple[str, ...],
+    heads: int | None,
+    kv_heads: int | None,
+    widths: Mapping[str, int],
+) -> dict[str, Rows]:
+    """As `split`, where the heads of different roles have different widths."""
+    if heads is None:
+        raise ValueError("the number of heads is not known")
+    groups = 1 if layout == "blocks" else kv_heads or heads
+    found, start = {}, 0
+    lengths = {role: widths[role] * (heads if role == "q" else kv_heads or heads) // groups for role in order}
+    for role, length in lengths.items():
+        found[role] = Rows(groups, total // groups, start, length)
+        start += length
+    if start * groups != total:
+        raise ValueError(f"{total} rows are not the {start * groups} of heads of widths {dict(widths)}")
+    return found
 
 
 def _blocks(total: int, shares: dict[str, int]) -> dict[str, Rows]:

@@ -42,6 +42,12 @@ class Pattern:
         self.looked = [
             (path[len(here.path) + 1 :] or ".", name, value) for (path, name), value in found.looked.items()
         ]
+        self.facts = [
+            (table, at[start:], value)
+            for table in ("sizes", "head_dims", "scales", "without")
+            for at, value in getattr(found, table).items()
+            if at.startswith(f"{here.address}.")
+        ]
 
     def _below(self, here: Here, slot: Slot) -> str:
         return slot.path[len(here.path) + 1 :] or "."
@@ -61,6 +67,9 @@ class Pattern:
                 return False
         here.draft.slots |= {slot.address: slot for slot in slots}
         here.draft.places |= {p.address: p for p in (self._bound(here, *entry) for entry in self.places)}
+        for table, rest, value in self.facts:
+            own = (here.root, value[1]) if table == "scales" and isinstance(value, tuple) else value
+            getattr(here.draft, table)[here.address + rest] = own
         return True
 
     def _bound(self, here: Here, below: str, rest: str, slot: Slot) -> Slot:

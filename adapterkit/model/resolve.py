@@ -98,6 +98,8 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
         heads=find_heads(model, found.claimed, found.output_path, found.heads),
         poolers=tuple(found.poolers),
         unsupported=found.unsupported,
+        scales=found.draft.scales,
+        without=found.draft.without,
     )
 
 
@@ -133,6 +135,10 @@ def _resolve_scope(scope: Scope, found: _Gathered) -> None:
         head = outer.find(said, index)
         if head is not None:
             found.heads.append((head.path, head.module))
+    inner = Here(scope, found.draft, scope.base, scope.base_path, scope.config, ("between",))
+    for index, said in enumerate(scope.interface.between):
+        module = inner.find(said, index)
+        found.claimed += [module.module] if module is not None else []
     _resolve_parts(scope, found)
 
 
@@ -156,8 +162,10 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
             continue
         found.claimed.append(module.module)
         config = getattr(module.module, "config", None) or scope.sub_config(part.config)
-        kind = getattr(config, "model_type", None)
-        if kind not in registry.model_types():
+        kind = part.interface or getattr(config, "model_type", None)
+        if kind not in registry.model_types() and kind not in registry.interfaces():
+            if part.optional is not None:
+                continue
             fact = f"there is no interface for a model of type {kind!r}"
             here.note("no-interface", fact if kind else "the part has no config with a model type")
             continue
@@ -170,7 +178,8 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
         for address, info in found.stacks.items():
             if part.reads is not None and address.startswith(inner.prefix) and info.reads is None:
                 found.stacks[address] = replace(info, reads=part.reads)
-        found.unsupported |= inside.unsupported
+        if part.by_default:
+            found.unsupported |= inside.unsupported  # of the others, see the stacks
 
 
 def _quietly(getter: Callable[[], Any] | None) -> nn.Module | None:
@@ -266,7 +275,7 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
         num_layers=len(layers),
         layers=tuple(module for _, module in layers),
         inputs=stack.inputs,
-        parallel=stack.block == "parallel",
+        parallel=_is_parallel(here, stack),
         reads=stack.reads,
         by_default=scope.by_default,
         interface=scope.interface,
@@ -276,6 +285,14 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
         head_dims=draft.head_dims,
     )
     return info, draft
+
+
+def _is_parallel(here: Here, stack: Stack) -> bool:
+    """Whether attention and MLP read the same input, by the config where it decides."""
+    at = here.at("parallel_when")
+    return stack.block == "parallel" and (
+        not stack.parallel_when or any([at.holds(when) for when in stack.parallel_when])
+    )
 
 
 def _stack_places(stack: Stack) -> dict[str, Path | None]:

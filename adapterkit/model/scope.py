@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from adapterkit.errors import Problem, did_you_mean, listing
-from adapterkit.model.blueprint import Slot
+from adapterkit.model.blueprint import Scale, Slot
 from adapterkit.model.walk import child, join, missing
 from adapterkit.spec.schema import Interface, Path
 from adapterkit.spec.text import Loc
@@ -41,7 +41,9 @@ class Draft:
     kernels: dict[str, Any] = field(default_factory=dict)
     eager: dict[str, str | None] = field(default_factory=dict)
     sizes: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
-    head_dims: dict[str, int | None] = field(default_factory=dict)
+    head_dims: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    scales: dict[str, Scale] = field(default_factory=dict)
+    without: dict[str, Mapping[str, str]] = field(default_factory=dict)
     looked: dict[tuple[str, str], Any] = field(default_factory=dict)
     """(path of a core, attribute) -> its value, for whatever sizes were looked for there."""
 
@@ -55,6 +57,8 @@ class Draft:
         self.eager |= other.eager
         self.sizes |= other.sizes
         self.head_dims |= other.head_dims
+        self.scales |= other.scales
+        self.without |= other.without
         self.looked |= other.looked
 
 
@@ -70,7 +74,7 @@ class Scope:
         self.prefix = prefix
         self.by_default = by_default
         self.config = getattr(model, "config", None)
-        self.base, self.base_path = _base_of(model, path)
+        self.base, self.base_path = _base_of(model, path, interface.base)
         self.classes = {cls.__name__ for cls in chain(type(model).__mro__, type(self.base).__mro__)}
 
     def sub_config(self, name: str | None) -> Any:
@@ -81,8 +85,12 @@ class Scope:
         return self.config if found is None else found
 
 
-def _base_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+def _base_of(model: nn.Module, path: str, said: Path | None) -> tuple[nn.Module, str]:
     """The model without its head, and its path: what transformers calls `base_model`."""
+    for name in said.names() if said is not None else ():
+        found = child(model, name)
+        if found is not None:
+            return found, join(path, name)
     prefix = getattr(model, "base_model_prefix", None)
     inner = model._modules.get(prefix) if isinstance(prefix, str) and prefix else None
     return (inner, join(path, str(prefix))) if inner is not None else (model, path)

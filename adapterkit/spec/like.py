@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,41 +123,34 @@ def _only(document: Document, loc: Loc, value: Any, new: Loc) -> Document:
 
 def _merge(base: Document, over: Document) -> Document:
     """`over` on top of `base`: maps merge; lists, alternatives and values are replaced; null removes."""
-    marks: dict[Loc, Mark] = {}
-    keys: dict[Loc, Mark] = {}
-
-    def place(source: Document, loc: Loc) -> None:
-        for table, target in ((source.marks, marks), (source.keys, keys)):
-            if loc in table:
-                target[loc] = table[loc]
-
-    def take(source: Document, loc: Loc, value: Any) -> Any:
-        """Copy a whole value together with its places."""
-        place(source, loc)
-        for key, item in _items(value):
-            take(source, (*loc, key), item)
-        return value
+    gone: set[Loc] = set()  # what `over` replaces or removes
 
     def join(low: dict[str, Any], high: dict[str, Any], loc: Loc) -> dict[str, Any]:
-        place(over, loc)
-        result = {}
-        for key in (*low, *(key for key in high if key not in low)):
+        result = dict(low)
+        for key, value in high.items():
             here = (*loc, key)
-            if key not in high:
-                result[key] = take(base, here, low[key])
-            elif high[key] is None and low.get(key) is not None:
-                continue
-            elif _mergeable(low.get(key), high[key]):
-                result[key] = join(low[key], high[key], here)
+            if value is None and low.get(key) is not None:
+                gone.add(here)
+                del result[key]
+            elif _mergeable(low.get(key), value):
+                result[key] = join(low[key], value, here)
             else:
-                result[key] = take(over, here, high[key])
+                gone.add(here)
+                result[key] = value
         return result
 
-    return Document(join(base.data, over.data, ()), marks, keys, over.file)
+    def left(table: dict[Loc, Mark], own: dict[Loc, Mark]) -> dict[Loc, Mark]:
+        """Places in `base` of what is left of it, and those in `over`."""
+        dropped, kept = set(gone), {}
+        for at, mark in table.items():  # what holds a value stands before it; of a list, only in its marks
+            if at in dropped or at[:-1] in dropped or at[:-2] in dropped:
+                dropped.add(at)
+            else:
+                kept[at] = mark
+        return kept | own
 
-
-def _items(value: Any) -> Iterable[tuple[str | int, Any]]:
-    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    data = join(base.data, over.data, ())
+    return Document(data, left(base.marks, over.marks), left(base.keys, over.keys), over.file)
 
 
 def _mergeable(low: Any, high: Any) -> bool:

@@ -2,88 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    StringConstraints,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from adapterkit.errors import listing
+from adapterkit.spec.foreign import AdapterHub, Peft
+from adapterkit.spec.terms import (
+    GLOB,
+    PATH,
+    Batch,
+    ExtraName,
+    FromList,
+    Lacking,
+    Model,
+    Name,
+    OneOrMore,
+    OneOrMoreWhen,
+    Reason,
+    Strings,
+    When,
+    complaint,
+    no_bool,
+)
 from adapterkit.spec.text import Document, Loc, Mark
-from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, RESERVED, SUBLAYERS
-
-Scalar = bool | int | float | str
-When = Annotated[
-    dict[str, Scalar],
-    Field(min_length=1, description="config field: value. Required on the model if all hold, absent if not."),
-]
-Batch = Literal["first", "second", "none"]
-_PATH = re.compile(r"^(\.|[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)$")
-_GLOB = re.compile(r"^[A-Za-z0-9_*]+(\.[A-Za-z0-9_*]+)*$")
-_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")
-
-
-def refuse(code: str, message: str) -> PydanticCustomError:
-    """An error whose type is the code that users see."""
-    return PydanticCustomError(code.replace("-", "_"), "{text}", {"text": message})
-
-
-def _name(word: str) -> str:
-    if not _NAME.match(word):
-        raise refuse(
-            "bad-name", f"{word!r} is not a name: letters a to z, digits and '_', starting with a letter"
-        )
-    return word
-
-
-def _extra_name(word: str) -> str:
-    if word in RESERVED:
-        raise refuse("reserved-name", f"{word!r} is a word of the language and cannot name an extra module")
-    return _name(word)
-
-
-Name = Annotated[
-    str, StringConstraints(strict=True), BeforeValidator(lambda w: _name(w) if isinstance(w, str) else w)
-]
-ExtraName = Annotated[str, BeforeValidator(lambda w: _extra_name(w) if isinstance(w, str) else w)]
-Reason = Annotated[str, Field(min_length=3, description="a sentence for people")]
-
-
-def _sequence(value: Any) -> Any:
-    """YAML gives lists; the models hold tuples, so that they can be hashed."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-FromList = BeforeValidator(_sequence)
-Strings = Annotated[tuple[str, ...], BeforeValidator(_sequence, json_schema_input_type=list[str])]
-OneOrMore = Annotated[
-    tuple[str, ...],
-    BeforeValidator(
-        lambda v: (v,) if isinstance(v, str) else _sequence(v), json_schema_input_type=str | list[str]
-    ),
-]
-
-
-def _no_bool(value: Any) -> Any:
-    # to Python true is 1
-    return str(value).lower() if isinstance(value, bool) else value
-
-
-class Model(BaseModel):
-    """Base of all parts of an interface: immutable, unknown words refused, no silent conversion."""
-
-    # only the whole is ever validated, so that the parts need no validators of their own
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, SUBLAYERS
 
 
 def _check_alternatives(options: tuple[Path, ...] | tuple[Sublayer, ...] | None, kind: str) -> None:
@@ -91,11 +36,11 @@ def _check_alternatives(options: tuple[Path, ...] | tuple[Sublayer, ...] | None,
     if options is None:
         return
     if len(options) < 2:
-        raise refuse("one-of", "'any_of' needs at least two alternatives")
+        raise complaint("one-of", "'any_of' needs at least two alternatives")
     outside = {"path": {"any_of", "optional", "batch", "was"}, "block": {"any_of", "optional"}}[kind]
     words = sorted({word for option in options for word in option.model_fields_set & outside})
     if words:
-        raise refuse("one-of", f"an alternative takes no {listing(repr(word) for word in words)}")
+        raise complaint("one-of", f"an alternative takes no {listing(repr(word) for word in words)}")
 
 
 class Path(Model):
@@ -118,9 +63,9 @@ class Path(Model):
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if (self.path is None) == (self.any_of is None):
-            raise refuse("one-of", "a module is named by either 'path' or 'any_of'")
-        if self.path is not None and not _PATH.match(self.path):
-            raise refuse(
+            raise complaint("one-of", "a module is named by either 'path' or 'any_of'")
+        if self.path is not None and not PATH.match(self.path):
+            raise complaint(
                 "bad-path",
                 f"{self.path!r} is not a module path: names joined by '.', without code or patterns",
             )
@@ -174,6 +119,16 @@ class Fused(Model):
         "per_group: for each key/value head its query heads, then its key, then its value"
     )
     order: Strings = Field(description="roles in the order of their rows")
+    groups: int | None = Field(
+        None,
+        ge=1,
+        description="number of equal groups of rows that each hold all roles, if not that of heads",
+    )
+    widths: dict[str, int | str] = Field(
+        default_factory=dict,
+        description="rows of one head of each role, where they differ: a config field, an attribute of the "
+        "core, or a number",
+    )
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -183,11 +138,13 @@ class Fused(Model):
             or len(self.order) < 2
             or not set(self.order) <= set(known)
         ):
-            raise refuse("bad-order", f"'order' lists two or more different roles of {', '.join(known)}")
+            raise complaint("bad-order", f"'order' lists two or more different roles of {', '.join(known)}")
         if set(self.order) & set(MLP_ROLES) and (
             set(self.order) & set(ATTENTION_ROLES) or self.layout != "blocks"
         ):
-            raise refuse("bad-order", "gate and up lie in blocks and do not mix with q, k, v")
+            raise complaint("bad-order", "gate and up lie in blocks and do not mix with q, k, v")
+        if self.widths and (set(self.widths) != set(self.order) or set(self.order) & set(MLP_ROLES)):
+            raise complaint("bad-order", "'widths' are those of heads: one for each role in 'order'")
         return self
 
 
@@ -206,6 +163,7 @@ class Sizes(Model):
     heads: int | str | None = Field(None, description="number of query heads")
     kv_heads: int | str | None = Field(None, description="number of key and value heads")
     head_dim: int | str | None = Field(None, description="width of one head")
+    value_dim: int | str | None = Field(None, description="width of one head of the values, if another")
 
 
 class Sublayer(Model):
@@ -220,28 +178,47 @@ class Sublayer(Model):
     )
     norm: Norm | None = None
     fused: Fused | None = None
+    start: PathField | None = Field(
+        None,
+        description="module that is called with the stream, where neither the norm before the branch nor its "
+        "first projection is; '.' is the layer",
+    )
     out: PathField | None = Field(
-        None, description="module whose (first) output is the branch, where it is not o or down"
+        None,
+        description="module whose (first) output is the branch, where it is not o or down; with neither a "
+        "norm nor a projection before it, its input is what the branch reads",
     )
     tail: PathField | None = Field(
         None, description="last module before the residual add: dropout, drop path"
+    )
+    scale: float | str | None = Field(
+        None,
+        description="factor of the branch at the residual add, behind its last module: a config field, an "
+        "attribute of the layer, or a number",
     )
     own_adapter: PathField | None = Field(
         None, description="module of the model's own between the residual add and what follows"
     )
     extra: Extras = Field(default_factory=dict)
+    without: dict[Lacking, Reason] = Field(
+        default_factory=dict,
+        description="role: why the sublayer has none; also branch (its output is no summand of the stream) "
+        "and core (it is no attention). It fits only where no alternative with the role does",
+    )
 
     @model_validator(mode="after")
     def _alternatives(self) -> Self:
         if self.any_of is not None and self.model_fields_set - {"any_of", "when", "optional"}:
-            raise refuse("one-of", "next to 'any_of' only 'when' and 'optional' may stand")
+            raise complaint("one-of", "next to 'any_of' only 'when' and 'optional' may stand")
         _check_alternatives(self.any_of, "block")
         return self
 
     @cached_property
     def points(self) -> tuple[tuple[str, Path], ...]:
         """Named places that are no linear maps."""
-        named = [(word, getattr(self, word, None)) for word in ("core", "out", "tail", "own_adapter")]
+        named = [
+            (word, getattr(self, word, None)) for word in ("core", "start", "out", "tail", "own_adapter")
+        ]
         places = ("before", "after", "after_residual")
         named += [(f"norm.{place}", getattr(self.norm, place)) for place in places] if self.norm else []
         return tuple((name, path) for name, path in named if path is not None)
@@ -277,13 +254,13 @@ class Attention(Sublayer):
     def _complete(self) -> Self:
         if self.any_of is not None:
             return self
-        if self.core is None:
-            raise refuse(
+        if self.core is None and "core" not in self.without:
+            raise complaint(
                 "missing-word", "an attention block needs 'core', the module that computes attention"
             )
-        _check_fused(self.fused, {role: getattr(self, role) for role in ATTENTION_ROLES})
-        if self.out is None and self.o is None:
-            raise refuse(
+        _check_roles(self, {role: getattr(self, role) for role in (*ATTENTION_ROLES, "core")})
+        if self.out is None and self.o is None and "branch" not in self.without:
+            raise complaint(
                 "missing-word", "an attention block needs 'o' (or 'out', where it has no output projection)"
             )
         return self
@@ -301,21 +278,25 @@ class Mlp(Sublayer):
     def _complete(self) -> Self:
         if self.any_of is not None:
             return self
-        _check_fused(self.fused, {role: getattr(self, role) for role in MLP_ROLES})
-        if self.out is None and self.down is None:
-            raise refuse(
+        _check_roles(self, {role: getattr(self, role) for role in MLP_ROLES})
+        if self.out is None and self.down is None and "branch" not in self.without:
+            raise complaint(
                 "missing-word", "an MLP needs 'down' (or 'out', where its last matrix is not one module)"
             )
         return self
 
 
-def _check_fused(fused: Fused | None, named: dict[str, Path | None]) -> None:
+def _check_roles(said: Attention | Mlp, named: dict[str, Path | None]) -> None:
+    fused = said.fused
     foreign = [role for role in (fused.order if fused else ()) if role not in named]
     if foreign:
-        raise refuse("bad-order", f"no roles of this sublayer: {listing(foreign)}")
+        raise complaint("bad-order", f"no roles of this sublayer: {listing(foreign)}")
     twice = [role for role in (fused.order if fused else ()) if named.get(role) is not None]
     if twice:
-        raise refuse("named-twice", f"named on their own and in 'fused.order': {', '.join(twice)}")
+        raise complaint("named-twice", f"named on their own and in 'fused.order': {', '.join(twice)}")
+    both = [role for role in said.without if named.get(role) or role in (fused.order if fused else ())]
+    if both:
+        raise complaint("named-twice", f"named, and said to be lacking in 'without': {', '.join(both)}")
 
 
 class Embeddings(Model):
@@ -338,7 +319,7 @@ class Inputs(Model):
         "attention_mask", description="argument of the attention mask; null: there is none"
     )
     positions: str | None = Field("position_ids", description="argument of positions; null: there is none")
-    aligned: Strings = Field((), description="further arguments with one value per token")
+    aligned: Strings = Field((), description="further arguments with a value, or several, per token")
     batch: dict[str, Batch] = Field(
         default_factory=dict, description="axis of the batch, where it is not the first"
     )
@@ -400,12 +381,12 @@ class Layers(Model):
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if (self.path is None) == (self.any_of is None):
-            raise refuse("one-of", "layers are named by either 'path' or 'any_of'")
+            raise complaint("one-of", "layers are named by either 'path' or 'any_of'")
         if self.any_of is not None and len(self.any_of) < 2:
-            raise refuse("one-of", "'any_of' needs at least two alternatives")
+            raise complaint("one-of", "'any_of' needs at least two alternatives")
         for name in self.names():
-            if not _GLOB.match(name):
-                raise refuse("bad-path", f"{name!r} is not the path of a list of layers")
+            if not GLOB.match(name):
+                raise complaint("bad-path", f"{name!r} is not the path of a list of layers")
         return self
 
     def names(self) -> tuple[str, ...]:
@@ -421,6 +402,11 @@ class Stack(Layer):
 
     block: Literal["sequential", "parallel"] | None = Field(
         None, description="parallel: attention and MLP read the same input and are added together"
+    )
+    parallel_when: OneOrMoreWhen = Field(
+        (),
+        description="config fields that decide on `block: parallel`, or several such maps of which one "
+        "holds; else the block is sequential",
     )
     shared_norm: PathField | None = Field(
         None, description="the one norm before both branches of a parallel block"
@@ -461,9 +447,11 @@ class Stack(Layer):
     @model_validator(mode="after")
     def _stack(self) -> Self:
         if self.shared_norm is not None and self.block != "parallel":
-            raise refuse("missing-word", "'shared_norm' needs 'block: parallel'")
+            raise complaint("missing-word", "'shared_norm' needs 'block: parallel'")
+        if self.parallel_when and self.block != "parallel":
+            raise complaint("missing-word", "'parallel_when' needs 'block: parallel'")
         if self.attention is None and self.mlp is None and self.kinds is None:
-            raise refuse("missing-word", "a stack needs 'attention', 'mlp' or 'kinds'")
+            raise complaint("missing-word", "a stack needs 'attention', 'mlp' or 'kinds'")
         return self
 
 
@@ -472,81 +460,38 @@ class Part(Model):
 
     at: PathField = Field(description="the module of the part, below the base model")
     config: str = Field(description="sub-config of the part; its model type chooses the interface")
+    interface: str | None = Field(
+        None, description="name of the interface, where some versions give the part no model type of its own"
+    )
     reads: Reads | None = Field(None, description="the other part whose states this one attends to")
+    optional: Reason | None = Field(
+        None, description="why the part may be of a type that has no interface; it is left as it is then"
+    )
     by_default: bool = Field(True, description="false: roles reach this part only when it is addressed")
-
-
-class AdapterHub(Model):
-    """How files of AdapterHub's `adapters` name and number what this interface names."""
-
-    prefix: Strings = Field(
-        (), description="prefixes of the base model in keys saved from classes with a head"
-    )
-    numbering: Literal["continuous", "separate"] = Field(
-        "continuous", description="layers over several stacks"
-    )
-    intermediate: str = Field("mlp.up", description="slot that their `intermediate` means")
-    output: str = Field("mlp.down", description="slot that their `output` means")
-    ignored: Strings = Field((), description="slots that they accept and leave unadapted")
-    adapters: dict[str, str] = Field(
-        default_factory=dict,
-        description="below a layer, what keeps the bottlenecks of a sublayer ('mlp', 'decoder.mlp')",
-    )
-    locations: dict[str, str] = Field(
-        default_factory=dict,
-        description="sublayers that their config counts as another: mostly, cross-attention",
-    )
-    hooked: bool = Field(
-        False, description="bottlenecks act at the output projection, before the norm and the residual add"
-    )
-    residual: dict[str, Literal["input", "chained", "none"]] = Field(
-        default_factory=dict,
-        description="what bottlenecks of a sublayer take for the residual, where it is not the stream",
-    )
-    swapped: Strings = Field((), description="sublayers whose bottlenecks get branch and residual swapped")
-    other_norm: Strings = Field(
-        (), description="sublayers whose `original_ln_before` means the norm of another layer"
-    )
-    invertible: str | None = Field(None, description="stack with invertible adapters behind its embeddings")
-    inverse: bool = Field(False, description="classes with a vocabulary undo invertible adapters before it")
-    prefixes: dict[str, str] = Field(
-        default_factory=dict,
-        description="their word for the prefixes of a sublayer ('attention', 'text.attention')",
-    )
-    no_prefix: Reason | None = Field(None, description="why their prefix tuning cannot be reproduced")
-    no_prompt: Reason | None = Field(None, description="why their prompt tuning cannot be reproduced")
-    unnormed: Strings = Field(
-        (), description="sublayers whose bottlenecks get no norm, whatever follows the residual add"
-    )
-    own_adapters: Literal["kept", "removed"] = Field(
-        "kept", description="whether their library takes adapters of the model's own out of it"
-    )
-    when: When | None = Field(None, description="config fields under which their numbers can be had")
-    refused: Reason | None = Field(None, description="why their numbers cannot be reproduced on this family")
-
-
-class Peft(Model):
-    """How files of PEFT name what this interface names: by the module paths of the spec and their `was`."""
-
-    keys: Literal["module_paths"] = Field("module_paths", description="what their keys are made of")
 
 
 class Interface(Model):
     """One model family, described for every adapter method."""
 
-    adapterkit: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
-        description="version of the language"
-    )
+    adapterkit: Annotated[Literal[1], BeforeValidator(no_bool)] = Field(description="version of the language")
     model_type: OneOrMore | None = Field(
         None, description="`config.model_type` of the models described: one or a list"
     )
-    source: str | None = Field(None, description="file in transformers that was read to write this one")
+    source: OneOrMore | None = Field(
+        None, description="file in transformers that was read to write this one: one or a list"
+    )
     like: str | None = Field(None, description="an interface that this one copies, changes on top")
     only: Strings | None = Field(None, description="stacks of `like` that are kept")
+    base: PathField | None = Field(
+        None, description="the base model, below the model itself, where its usual prefix leads elsewhere"
+    )
     stacks: dict[Name, Stack] = Field(default_factory=dict, description="columns of layers, by name")
     parts: dict[Name, Part] = Field(default_factory=dict, description="models inside the model, by name")
     heads: Paths = Field(
         (), description="task heads below the model itself, where a stack's root is the model"
+    )
+    between: Paths = Field(
+        (), description="modules below the base model that belong to no stack or part: they are no task heads"
     )
     unsupported: dict[str, Reason] = Field(
         default_factory=dict, description="method: why this family cannot have it"
@@ -573,7 +518,7 @@ class Interface(Model):
     @model_validator(mode="after")
     def _some(self) -> Self:
         if not self.stacks and not self.parts:
-            raise refuse("missing-word", "an interface needs 'stacks' or 'parts'")
+            raise complaint("missing-word", "an interface needs 'stacks' or 'parts'")
         if self.only is not None and self.like is None:
-            raise refuse("missing-word", "'only' needs 'like', the interface whose stacks it keeps")
+            raise complaint("missing-word", "'only' needs 'like', the interface whose stacks it keeps")
         return self

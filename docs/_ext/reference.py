@@ -23,7 +23,8 @@ from sphinx.util.docutils import SphinxDirective
 from adapterkit.cli.families import refusal
 from adapterkit.methods.names import LEGACY, METHODS, PRESETS, parse
 from adapterkit.spec import registry, vocabulary
-from adapterkit.spec.schema import Interface, Layers, Path, Scalar, Unembed
+from adapterkit.spec.schema import Interface, Layers, Path, Unembed
+from adapterkit.spec.terms import Scalar
 
 SHORT = (Path, Layers, Unembed)
 """Models that may be written as one word."""

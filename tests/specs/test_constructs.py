@@ -294,7 +294,7 @@ def test_every_good_spec_is_in_the_table_or_about_text() -> None:
 
 def test_plain_words_are_words() -> None:
     found: Interface = registry.load(Path(GOOD / "plain-text.yaml"))
-    assert found.source == "# not a comment"
+    assert found.source == ("# not a comment",)
     assert found.model_type == ("on", "no", "null")
     mlp = found.stacks["y"].mlp
     assert mlp is not None

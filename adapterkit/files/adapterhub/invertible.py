@@ -14,7 +14,7 @@ from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.invertible import InvertibleConfig
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.embeddings import embedding_slots
-from adapterkit.spec.schema import AdapterHub
+from adapterkit.spec.foreign import AdapterHub
 
 
 class InvertibleMember(Member):

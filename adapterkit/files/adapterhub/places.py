@@ -9,7 +9,7 @@ from adapterkit.errors import FileFormatError, Problem
 from adapterkit.files.adapterhub.config import LoRAFile
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.layouts import Rows
-from adapterkit.spec.schema import AdapterHub
+from adapterkit.spec.foreign import AdapterHub
 
 _MATRICES = ("q", "k", "v")
 
