@@ -125,16 +125,19 @@ def run(original: Callable[..., Any], steps: tuple[Step, ...], core: Any, *args:
     if state is None:
         return original(core, *args, **kwargs)
     prefix = Prefix(*state)
-    if type(core)._adapterkit_routed:
-        flow, place = site.runtime.override.flow, f"{site.key}.prefix"
-        flow[place] = prefix
-        try:
+    flow, place = site.runtime.override.flow, f"{site.key}.prefix"
+    shared = _shift(prefix, site, steps, flow, x.shape[1])
+    flow[place] = prefix
+    try:
+        if type(core)._adapterkit_routed:
             out = original(core, *args, **kwargs)
-        finally:
-            del flow[place]
-    else:
-        with Intercept(prefix, x.shape[0]):
-            out = original(core, *args, **kwargs)
+        else:
+            with Intercept(prefix, x.shape[0]):
+                out = original(core, *args, **kwargs)
+    finally:
+        del flow[place]
+    if shared and prefix.bias is not None:
+        flow[shared] = prefix.bias
     if not prefix.hits:
         message = (
             f"attention is not computed in {site.key} ({type(core).__name__}), or in a way that is not seen"
@@ -144,6 +147,45 @@ def run(original: Callable[..., Any], steps: tuple[Step, ...], core: Any, *args:
         )
         raise PlanError(Problem("attention-not-hit", message, expected=expected))
     return out
+
+
+def _shift(prefix: Prefix, site: Any, steps: tuple[Step, ...], flow: dict[str, Any], queries: int) -> str:
+    """Whether the bias of relative positions counts the prefix; where its columns are kept for later layers.
+
+    Raises: PlanError: only some of the prefixes want it; the first layer, which makes the bias, has none.
+    """
+    units = [site._modules[key] for key in lanes.keys(steps)]
+    wanted = {unit.shifts for unit in units}
+    if not any(wanted):
+        return ""
+    shared, makes = str(units[0].location), units[0].makes_bias
+    if makes:
+        flow.pop(shared, None)
+        prefix.shifts = True
+    else:
+        prefix.bias = flow.get(shared)
+    fits = makes or (prefix.bias is not None and prefix.bias.shape[-2:] == (queries, prefix.length))
+    if len(wanted) > 1 or not fits:
+        message = "the bias of relative positions is shifted by prefixes of the same length in all layers"
+        raise PlanError(Problem("uneven-bias", message, site.key))
+    return shared
+
+
+def shifted(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that makes a bias (1, H, Q, T) for numbers of queries and keys, told of the prefix's keys.
+
+    Queries count from where they counted before; the keys of tokens come behind those of the prefix.
+    """
+
+    def method(self: Any, queries: int, keys: int, *args: Any, **kwargs: Any) -> Any:
+        prefix = current(self)
+        if prefix is None or not prefix.shifts:
+            return original(self, queries, keys, *args, **kwargs)
+        whole = original(self, queries, keys + prefix.length, *args, **kwargs)
+        prefix.bias = whole[..., : prefix.length]
+        return whole[..., prefix.length :]
+
+    return method
 
 
 # -------------------------------------------------------------------------------------- attention functions
@@ -230,7 +272,7 @@ def _function(implementation: str) -> Callable[..., Any]:
         else:
             mask = None
         if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = prefix.padded(kwargs["position_bias"], 0.0)
+            kwargs["position_bias"] = prefix.biased(kwargs["position_bias"])
         key, value = prefix.before(key, value)
         function = route.interface.get_interface(implementation, route.eager)
         out, weights = function(module, query, key, value, mask, *args, **kwargs)

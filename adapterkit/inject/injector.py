@@ -131,7 +131,7 @@ def inject(
 
     def opening(host: nn.Module, path: str, unit: nn.Module | None = None) -> Site:
         is_new = CHILD not in host._modules
-        said = (unit.kernel, unit.eager) if isinstance(unit, Unit) else (None, None)
+        said = (unit.kernel, unit.eager, unit.bias_method) if isinstance(unit, Unit) else ()
         site = open_site(host, path, runtime, *said)
         if is_new:
             opened.append((path, host))

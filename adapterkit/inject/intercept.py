@@ -212,6 +212,8 @@ class Intercept(TorchFunctionMode):
         if beside is None or beside.kind != "scores":
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         own = beside.value.expand(*scores.shape[:-1], -1)
+        if self.prefix.bias is not None:
+            own = own + self.prefix.bias.to(own.dtype)
         visible = self.prefix.visible
         if visible is not None:
             seen = visible if scores.ndim == 4 else visible.repeat_interleave(scores.shape[0] // self.rows, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,16 @@ def outputs(steps: Sequence[Step], out: Any, x: Any, host: Any) -> Any:
         else:
             out = with_first(out, _outputs(step, first(out), x, host))
     return out
+
+
+def keys(steps: Sequence[Step]) -> Iterator[str]:
+    """Keys of all units of these steps."""
+    for step in steps:
+        if isinstance(step, str):
+            yield step
+        else:
+            for lane in step.lanes:
+                yield from keys(lane)
 
 
 def kernel(steps: Sequence[Step], x: T, host: Any) -> State | None:

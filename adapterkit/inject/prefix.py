@@ -19,6 +19,10 @@ class Prefix:
         self.key = key
         self.value = value
         self.visible = visible
+        self.shifts = False
+        """Whether the model's bias of relative positions counts the prefix, too."""
+        self.bias: torch.Tensor | None = None
+        """That of the prefix's own columns, (1, H, Q, P)."""
         self.length = key.shape[2]
         self.columns = 0
         self.hits = 0
@@ -46,6 +50,12 @@ class Prefix:
             return None
         mask = F.pad(self.visible, (0, count), value=True)[:, None, None, :]
         return mask if dtype == torch.bool else additive(mask, dtype)
+
+    def biased(self, bias: torch.Tensor) -> torch.Tensor:
+        """A bias (1, H, Q, T) of positions with columns for the prefix; zeros if it is not counted."""
+        if self.bias is None:
+            return self.padded(bias, 0.0)
+        return torch.cat([self.bias.to(bias.dtype).expand(*bias.shape[:-1], -1), bias], dim=-1)
 
     def padded(self, columns: torch.Tensor, value: float) -> torch.Tensor:
         return F.pad(columns, (self.length, 0), value=value)

@@ -127,10 +127,12 @@ def _rebuild(base: Any, *attended: Any) -> nn.Module:
 
 
 @cache
-def adapted(base: type[nn.Module], kernel: Kernel | None = None, eager: str | None = None) -> type[nn.Module]:
+def adapted(
+    base: type[nn.Module], kernel: Kernel | None = None, eager: str | None = None, bias: str | None = None
+) -> type[nn.Module]:
     """The subclass of `base` whose forward runs the site. It keeps the names that other libraries look at.
 
-    Args: kernel, eager: how the class computes attention, where the interface says it.
+    Args: kernel, eager, bias: how the class computes attention, where the interface says it.
     """
     namespace = {
         "__module__": base.__module__,
@@ -139,8 +141,9 @@ def adapted(base: type[nn.Module], kernel: Kernel | None = None, eager: str | No
         "_adapterkit_base": base,
         "forward": _forward(base),
         # the class itself cannot be found by name when unpickling
-        "__reduce_ex__": lambda self, protocol: (_rebuild, (base, kernel, eager), self.__getstate__()),
+        "__reduce_ex__": lambda self, protocol: (_rebuild, (base, kernel, eager, bias), self.__getstate__()),
         **attention.namespace(base, kernel, eager),
+        **({} if bias is None else {bias: attention.shifted(getattr(base, bias))}),
     }
     if issubclass(base, nn.Sequential):
         # it runs and counts its children, of which the site is none
@@ -182,7 +185,12 @@ def check(module: nn.Module, path: str) -> None:
 
 
 def open_site(
-    module: nn.Module, key: str, runtime: Runtime, kernel: Kernel | None = None, eager: str | None = None
+    module: nn.Module,
+    key: str,
+    runtime: Runtime,
+    kernel: Kernel | None = None,
+    eager: str | None = None,
+    bias: str | None = None,
 ) -> Site:
     """Make a module a site, or give back the one it is."""
     site = site_of(module)
@@ -190,11 +198,11 @@ def open_site(
         site = Site(key, runtime)
         site.__dict__["training"] = module.training
         cls: Any = type(module)
-        _become(module, adapted(cls, kernel, eager))  # first: Python may refuse it
+        _become(module, adapted(cls, kernel, eager, bias))  # first: Python may refuse it
         module._modules[CHILD] = site
-    elif kernel is not None or eager is not None:
+    elif kernel is not None or eager is not None or bias is not None:
         cls = base_class(module)
-        _become(module, adapted(cls, kernel, eager))
+        _become(module, adapted(cls, kernel, eager, bias))
     return site
 
 

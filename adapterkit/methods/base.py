@@ -54,6 +54,8 @@ class Unit(nn.Module, ABC):
     """The method of the host that computes attention, where the interface names one."""
     eager: str | None = None
     """Name of the host's eager attention function, where the interface says it."""
+    bias_method: str | None = None
+    """The method of the host whose bias of relative positions the unit changes."""
 
     @property
     def per_example(self) -> tuple[str, ...]:

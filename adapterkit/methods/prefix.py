@@ -43,6 +43,11 @@ class PrefixTuningConfig(MethodConfig):
         default=False, description="keys and values by a learned gate for each example (UniPELT)"
     )
     shared_gating: bool = Field(default=True, description="one gate for keys and values, not one for each")
+    shift_bias: bool = Field(
+        default=False,
+        description="a bias of relative positions counts the prefix among the keys, but not among the "
+        "queries, as in files of AdapterHub",
+    )
     init: Literal["normal"] | float = Field(
         default="normal",
         description="standard deviation of the embedded (flat: of all) numbers at first; normal: 1",
@@ -81,6 +86,10 @@ class PrefixTuningConfig(MethodConfig):
                 message = f"the number of key/value heads of {core.path} or their width is not known"
                 expected = "an interface that says 'sizes: {kv_heads: ..., head_dim: ...}'"
                 raise PlanError(Problem("no-head-size", message, core.address, expected))
+        own = [core for core in slots if isinstance(core, Core) and core.sublayer == "attention"]
+        if self.shift_bias and not (own and all(core.bias for core in own)):
+            message = "this model makes no bias of relative positions that could be shifted"
+            raise PlanError(Problem("uneven-bias", message, "shift_bias"))
 
     @property
     def std(self) -> float:
@@ -127,6 +136,10 @@ class PrefixUnit(Unmergeable):
     def __init__(self, core: Core, config: PrefixTuningConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         self.kernel, self.eager = core.kernel, core.eager
+        self.location = f"{core.location}.bias"
+        self.shifts = config.shift_bias and core.sublayer == "attention"
+        self.bias_method = core.bias if self.shifts else None
+        self.makes_bias = core.layer == 0
         self.dropout = config.dropout
         self.gates = None
         if config.use_gating:

@@ -22,6 +22,8 @@ class Core(Slot):
     """D, the width of the stream that is asked from."""
     kernel: Kernel | None
     eager: str | None
+    bias: str | None = None
+    """Method of the module that makes a bias of relative positions, (queries, keys, ...) -> (1, H, Q, T)."""
 
     @property
     def location(self) -> str:
@@ -73,4 +75,12 @@ def _core(blueprint: Blueprint, place: Slot) -> Core:
         width=width,
         kernel=info.kernels.get(sublayer),
         eager=info.eager.get(sublayer),
+        bias=_bias(blueprint, place),
     )
+
+
+def _bias(blueprint: Blueprint, place: Slot) -> str | None:
+    """What the interface says of the bias, where the class in this version has it."""
+    stack = blueprint.stacks[place.stack].interface.stacks[place.stack.rpartition("/")[2]]
+    said = getattr(getattr(stack, str(place.sublayer), None), "bias", None)
+    return said if said is not None and hasattr(place.module, said) else None

@@ -241,6 +241,9 @@ class Attention(Sublayer):
     eager: str | None = Field(
         None, description="name of the eager attention function in the source, if not the usual"
     )
+    bias: str | None = Field(
+        None, description="method of the core that makes a bias of relative positions, (queries, keys, ...)"
+    )
     q: PathField | None = Field(None, description="projection of the queries")
     k: PathField | None = Field(None, description="projection of the keys")
     v: PathField | None = Field(None, description="projection of the values")

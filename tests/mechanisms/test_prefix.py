@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -256,3 +257,42 @@ def test_custom_models_need_no_config() -> None:
     kit = attach(tiny.build("custom"), "custom")
     assert {slot.path for slot in kit["default"].plan.slots} == {"blocks.0.attention", "blocks.1.attention"}
     assert CUSTOM.exists()
+
+
+# ------------------------------------------------------------------------------- a bias of relative positions
+
+SHIFTED = {**FLAT, "shift_bias": True}
+
+
+def test_a_shifted_bias_is_the_same_in_every_kernel() -> None:
+    """The numbers themselves are those that were recorded: tests/parity."""
+    models = [tiny.build("t5").eval() for _ in range(2)]
+    given = tiny.inputs("t5")
+    outs = []
+    for model, attention in zip(models, ("eager", "sdpa"), strict=True):
+        with contextlib.suppress(ValueError):  # older versions have no sdpa here
+            model.set_attn_implementation(attention)
+        ak.attach(model, SHIFTED, seed=3, head=False)
+        with torch.no_grad():
+            outs.append(model(**given)[0])
+    assert torch.allclose(*outs, atol=1e-5)
+    plain = tiny.build("t5").eval()
+    ak.attach(plain, FLAT, seed=3, head=False)
+    with torch.no_grad():
+        assert not torch.allclose(plain(**given)[0], outs[0], atol=1e-3)
+
+
+def test_a_bias_that_cannot_be_shifted() -> None:
+    with pytest.raises(PlanError) as caught:
+        ak.plan(tiny.build("bert"), SHIFTED)
+    assert caught.value.code == "uneven-bias"
+    model, given = tiny.build("t5").eval(), tiny.inputs("t5")
+    kit = ak.attach(model, SHIFTED, name="a", head=False)
+    kit.attach(FLAT, name="b", head=False)
+    for setup, skipped in (("a", ("encoder.0",)), (ak.Stack("a", "b"), ())):
+        kit.activate(setup, skip_layers=skipped)
+        with pytest.raises(PlanError) as caught:
+            model(**given)
+        assert caught.value.code == "uneven-bias"
+    kit.activate("a")
+    model(**given)

@@ -89,8 +89,6 @@ def refusal(case: Case) -> str | None:
         return "not-reproducible"  # they leave out the norm of the sum, or that of the language adapters
     if re.fullmatch(PROMPT, case.name) and case.family in ("deberta", "deberta-v2", "distilbert"):
         return "not-reproducible"  # masks behind the place of the prompt, or prompts that attend to padding
-    if re.fullmatch(rf"{PREFIX}|.*_(prefix|mam)", case.name) and case.family in ("t5", "mt5"):
-        return "not-reproducible"  # the position bias of the tokens is shifted
     if case.family == "whisper" and case.name.startswith("seq_bn_inv"):
         return "not-reproducible"  # theirs is not behind the embeddings, but behind the whole encoder
     if re.fullmatch(r"stack_inv|stack_(.*_)?reft|.*_prefix_len", case.name):

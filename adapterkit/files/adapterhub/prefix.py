@@ -82,10 +82,22 @@ class PrefixMember(Member):
             reason = "AdapterHub has no prefix tuning in this model" if hub.hooked else hub.no_prefix
             if reason is not None:
                 yield Problem("not-reproducible", reason, stack)
+        for stack, kept in self._shifted().items():
+            if kept and not all(kept):
+                message = "AdapterHub drops the position bias where only some layers have a prefix"
+                yield Problem("not-reproducible", message, stack)
         for core in self.cores.values():
             if core.key_dim != core.value_dim or not core.kv_heads:
                 message = "AdapterHub has prefixes for keys and values of the same known size only"
                 yield Problem("not-reproducible", message, core.address)
+
+    def _shifted(self) -> dict[str, list[bool]]:
+        """Stacks with a bias of relative positions -> which layers have a prefix, if any has."""
+        found: dict[str, list[bool]] = {}
+        for core in cores(self.blueprint).values():
+            if core.bias is not None and core.sublayer == "attention":
+                found.setdefault(core.stack, []).append(core.address in self.cores)
+        return {stack: kept for stack, kept in found.items() if any(kept)}
 
     def wanted(self, given: Keyed) -> dict[Host, Shapes]:
         counts = Counter(self.locations.values())
@@ -179,6 +191,7 @@ class PrefixMember(Member):
             # an encoder that is a model of its own has its prefix whatever they say
             encoder_prefix=theirs.encoder_prefix or bool(stacks & read_stacks(self.blueprint)),
             cross_prefix=theirs.cross_prefix,
+            shift_bias=bool(self._shifted()),
             use_gating=theirs.use_gating,
             shared_gating=theirs.shared_gating,
             leave_out=left_out(self.blueprint, theirs.leave_out),
