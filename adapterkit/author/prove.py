@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapterkit import api
 from adapterkit.author.scene import Scene
-from adapterkit.composition import Setup
+from adapterkit.composition import Parallel, Setup
 from adapterkit.errors import AdapterkitError, Problem
 from adapterkit.kit import Kit
 from adapterkit.liveness import outputs
@@ -24,6 +24,7 @@ from adapterkit.spec import registry
 from adapterkit.spec.schema import Interface
 from adapterkit.spec.vocabulary import SUBLAYERS
 
+CHILDREN = ("first", "second")
 CLOSE = 1e-4
 """Merged and unmerged weights round differently."""
 STEP = 0.1
@@ -39,8 +40,8 @@ class Column:
     by_branch: bool = False
     """It takes `locations`."""
     merges: bool = False
-    fused: bool = False
-    """Two of them, and the fusion of both."""
+    joined: str = ""
+    """Two of them under one setup: Fuse or Parallel."""
 
 
 # smooth activations, so that no unit is dead by chance
@@ -56,7 +57,8 @@ COLUMNS: dict[str, Column] = {
     "prompt_tuning": Column({"method": "prompt_tuning", "prompt_length": 3}),
     "reft": Column(_REFT),
     "invertible": Column({"method": "invertible", "non_linearity": "gelu"}),
-    "fusion": Column({"method": "seq_bn", **_SMOOTH}, by_branch=True, fused=True),
+    "fusion": Column({"method": "seq_bn", **_SMOOTH}, by_branch=True, joined="Fuse"),
+    "parallel": Column({"method": "lora", "targets": "all", "r": 2, "alpha": 4}, joined="Parallel"),
 }
 
 LAWS = {
@@ -65,6 +67,7 @@ LAWS = {
     "effect": "moves the output after a random step",
     "off": "disabled, the base model is there bit for bit",
     "alive": "every tensor of it moves the output, and no tensor of the base is trained",
+    "apart": "gives for each adapter what that one gives alone",
     "file": "saved and loaded again, it gives the same output bit for bit",
     "merge": "folded into the weights, it gives the same output",
     "detach": "detached, outputs, weights, classes and requires_grad are as before",
@@ -161,6 +164,9 @@ def _laws(
     yield "off"
     _alive(kit, scene)
     yield "alive"
+    if column.joined == "Parallel":
+        _apart(kit, scene, after)
+        yield "apart"
     _file(kit, setup, interface, scene, model, after)
     yield "file"
     kit = api.of(model)
@@ -180,11 +186,14 @@ def _attached(column: Column, interface: Interface, model: nn.Module, blueprint:
         words = {place.sublayer for place in blueprint.places.values()}
         words |= {slot.sublayer for slot in blueprint}
         config["locations"] = [word for word in SUBLAYERS if word in words]
-    if not column.fused:
+    if not column.joined:
         return api.attach(model, config, name="proof", interface=interface, seed=0)
-    for child in ("first", "second"):
+    for child in CHILDREN:
         kit = api.attach(model, config, name=child, interface=interface, seed=0)
-    return kit.fuse("first", "second", name="proof")
+    if column.joined == "Fuse":
+        return kit.fuse(*CHILDREN, name="proof")
+    kit.activate(Parallel(*CHILDREN))
+    return kit
 
 
 def _run(model: nn.Module, scene: Scene) -> list[Tensor]:
@@ -225,6 +234,23 @@ def randomise(kit: Kit) -> None:
         for key, tensor in kit[name].named_parameters():
             if not key.startswith("head."):
                 tensor.add_((STEP * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype))
+
+
+def _apart(kit: Kit, scene: Scene, after: list[Tensor]) -> None:
+    """All examples for the first, then all for the second; what compares examples with each other is left out."""
+    alone = []
+    for child in CHILDREN:
+        with kit.using(child):
+            alone.append(_run(kit.model, scene))
+    compared = 0
+    for both, *each in zip(after, *alone, strict=True):
+        wanted = torch.cat(each) if each[0].ndim else both
+        if wanted.shape == both.shape and each[0].ndim:
+            compared += 1
+            if not torch.allclose(wanted, both, atol=CLOSE, rtol=CLOSE):
+                raise Broken("apart", f"outputs differ by {float((wanted - both).abs().max()):.2g}")
+    if not compared:
+        raise Broken("apart", "no output holds the examples of both")
 
 
 def _alive(kit: Kit, scene: Scene) -> None:
