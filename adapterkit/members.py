@@ -181,6 +181,7 @@ class Members:
         """Undo `_enter`."""
         close_entries(self.entries)
         self.entries.clear()
+        self.top.rest(self.model)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

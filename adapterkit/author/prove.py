@@ -188,6 +188,10 @@ def _attached(column: Column, interface: Interface, model: nn.Module, blueprint:
         config["locations"] = [word for word in SUBLAYERS if word in words]
     if not column.joined:
         return api.attach(model, config, name="proof", interface=interface, seed=0)
+    if column.joined == "Parallel":
+        # what is called with something that has no row for each example cannot be asked for several
+        apart = {slot.role for slot in blueprint if slot.batch == "none"} | {"fused"}
+        config["targets"] = [role for role in blueprint.roles() if role not in apart]
     for child in CHILDREN:
         kit = api.attach(model, config, name=child, interface=interface, seed=0)
     if column.joined == "Fuse":
@@ -237,7 +241,7 @@ def randomise(kit: Kit) -> None:
 
 
 def _apart(kit: Kit, scene: Scene, after: list[Tensor]) -> None:
-    """All examples for the first, then all for the second; what compares examples with each other is left out."""
+    """All examples for the first, then all for the second; what compares examples is left out."""
     alone = []
     for child in CHILDREN:
         with kit.using(child):

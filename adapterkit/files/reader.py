@@ -177,6 +177,8 @@ def interface_for(source: str | Path, given: Any, revision: str | None, local_fi
         return given
     directory = locate(source, revision, local_files_only)
     config = directory / native.CONFIG
+    if (directory / setups.CONFIG).is_file():  # each of its adapters says the same
+        config = next(iter(sorted(directory.glob(f"*/{native.CONFIG}"))), config)
     if config.is_file():
         spec = read_json(config).get("interface")
         return spec.get("spec") if isinstance(spec, dict) else None

@@ -68,6 +68,11 @@ class Top:
             self.counts = True
             self.attend(model)
 
+    def rest(self, model: nn.Module) -> None:
+        """Leave the model: no setup is active any more."""
+        self.counts, self.program = False, None
+        self.attend(model)
+
     def attend(self, model: nn.Module) -> None:
         """Hook the model while there are units here, and only then: compilers make a graph of every hook."""
         needed = self.counts or bool(self.units)

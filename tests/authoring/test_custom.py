@@ -115,3 +115,17 @@ def test_an_inverse_acts_before_the_vocabulary_that_the_interface_names() -> Non
     model.get_submodule("predict").register_forward_hook(lambda m, args, out: seen.append(args[0]))
     model(**inputs)
     assert len(seen) == 1
+
+
+def test_the_interface_travels_with_a_setup(tmp_path: Path) -> None:
+    model, inputs = models.rotary()
+    for name in ("a", "b"):
+        kit = ak.attach(model, "lora", name=name, interface=HERE / "rotary.yaml", seed=0)
+    randomise(kit)
+    setup = ak.Parallel("a", "b")
+    kit.activate(setup)
+    kit.save(tmp_path / "both", setup=setup)
+    fresh, _ = models.rotary()
+    assert ak.load(fresh, tmp_path / "both").active == setup
+    with torch.no_grad():
+        assert torch.equal(fresh(**inputs)["logits"], model(**inputs)["logits"])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import adapterkit as ak
 from tests.laws.matrix import Case, randomise, run
 
 
@@ -47,3 +48,20 @@ def test_detach_restores_everything(case: Case) -> None:
     assert list(after) == list(tensors)
     assert all(torch.equal(after[key], value) for key, value in tensors.items())
     assert torch.equal(run(model, inputs), output)
+
+
+def test_nothing_is_left_of_a_setup_that_asks_something_of_the_batch() -> None:
+    case = Case("bert", "BertModel", "lora")
+    model, inputs = case.model(), case.inputs()
+    before = run(model, inputs)
+    for name in ("a", "b"):
+        kit = case.attach(model, name=name)
+    kit.activate(ak.Parallel("a", "b"))
+    assert run(model, inputs).numel() == 2 * before.numel()
+    kit.detach()
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert torch.equal(run(model, inputs), before)
+    for name in ("a", "b"):
+        kit = case.attach(model, name=name)
+    kit.activate(ak.Parallel("a", "b"))
+    assert run(model, inputs).numel() == 2 * before.numel()
