@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,8 +176,7 @@ def instead(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], host: Any
     site = host.adapterkit
     if isinstance(step, str):
         return site._modules[step](*args, **kwargs)
-    value = args[0] if args else next(iter(kwargs.values()))
-    cut = cut_of(step, value, host)
+    cut = cut_of(step, _tensor_in((args, kwargs)), host)
     parts: list[Any] = []
     for lane, own in enumerate(_all(step, cut)):
         if cut.empty(lane):
@@ -190,6 +189,15 @@ def instead(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], host: Any
             else:
                 parts.append(original(host, *given, **named))
     return _joined(cut, parts)
+
+
+def _tensor_in(value: Any) -> Any:
+    """The first tensor of what a head is called with: some read the states of several layers."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if not isinstance(value, tuple | list):
+        return value if isinstance(value, T) else None
+    return next((found for item in value if (found := _tensor_in(item)) is not None), None)
 
 
 def _joined(cut: Cut, parts: Sequence[Any]) -> Any:

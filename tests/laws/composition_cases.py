@@ -129,6 +129,17 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(case, id=f"{row}-{method}-{block}", marks=marks)
 
 
+def headed() -> Iterator[Any]:
+    """Every other class of every family, whose adapters have heads of their own; by default three classes."""
+    some = ("BertForSequenceClassification", "BeitForSemanticSegmentation", "CLIPForImageClassification")
+    for row in tiny.ROWS:
+        for cls in tiny.classes(row)[1:]:
+            for block in SETUPS:
+                case = SetupCase(row, cls, "seq_bn", "", block)
+                marks = [] if cls in some else [pytest.mark.full]
+                yield pytest.param(case, id=f"{cls}-{block}", marks=marks)
+
+
 # ------------------------------------------------------------------------------------------ what is expected
 
 

@@ -14,13 +14,13 @@ import adapterkit as ak
 from adapterkit.composition import Average, BatchSplit, Parallel, Route, Split, Stack
 from adapterkit.errors import CompositionError
 from tests.laws.branch_cases import randomise
-from tests.laws.composition_cases import SetupCase, assert_rows, cases, fields
+from tests.laws.composition_cases import SetupCase, assert_rows, cases, fields, headed
 from tests.laws.matrix import loss
 from tests.models import tiny
 from tests.unit.kit_scene import refused
 
 
-@pytest.mark.parametrize("setup_case", list(cases()))
+@pytest.mark.parametrize("setup_case", [*cases(), *headed()])
 def test_every_row_is_what_its_example_gets_alone(setup_case: SetupCase) -> None:
     case = setup_case
     kit, inputs = case.kit(), case.batch()
