@@ -59,6 +59,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "target_modules": ("bad-file", "(query"),
     "peft_type": ("peft-type", "ADALORA"),
 }
+PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,15 @@ def test_a_field_that_cannot_be_honoured(field: str, code: str, value: Any, copi
     error = refused(copied)
     assert error.code == code
     assert field in str(error)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_and_prefixes_of_peft(kind: str, tmp_path: Path) -> None:
+    """Not the same numbers here: see `docs/errors.md`."""
+    configs = {"PREFIX_TUNING": peft.PrefixTuningConfig, "PROMPT_TUNING": peft.PromptTuningConfig}
+    config = configs[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(build("llama", "LlamaForCausalLM"), config).save_pretrained(tmp_path / "theirs")
+    assert codes(refused(tmp_path / "theirs", "llama", "LlamaForCausalLM")) == {"peft-prompt"}
 
 
 def test_empty_fields_of_other_versions_say_nothing(copied: Path) -> None:
@@ -243,6 +253,8 @@ UNSAID: dict[str, tuple[str, str, Any]] = {
     ),
     "DVoRA": ("peft-method", "bert", "dvora[r=4]"),
     "MTL-LoRA": ("peft-method", "bert", "mtl_lora"),
+    "a prefix": ("peft-prompt", "llama", "prefix_tuning_flat"),
+    "a prompt": ("peft-prompt", "llama", "prompt_tuning"),
 }
 
 

@@ -164,7 +164,7 @@ def adapter_directory(case: Case, work: Path, name: str = "a") -> Path:
     the files. Nor does it write the option that makes a DiReFT of a NoReFT; it is written here.
     """
     directory = case.directory / "adapters" / name
-    extra = case.directory / "extra_params.safetensors"
+    extra = case.directory / f"extra_params{'_merged' if name == 'merged' else ''}.safetensors"
     is_direft = case.name.startswith("direft")
     if not extra.exists() and not is_direft:
         return directory

@@ -39,6 +39,17 @@ ALONE = re.compile("|".join((LORA, BOTTLENECK, OTHERS, PROMPT, PREFIX)))
 SETUPS = r"(batch_)?split.*|stack.*|parallel.*|average.*|multi_task.*|mtl.*|skip_layers.*"
 AVERAGED = r"avg_w_.*"
 METHODS = re.compile(f"{ALONE.pattern}|{FUSE}|{SETUPS}|{AVERAGED}")
+ABOUT = {
+    "LoRA family": LORA,
+    "bottleneck, Compacter": BOTTLENECK,
+    "invertible, ReFT, unions": OTHERS,
+    "prompt tuning": PROMPT,
+    "prefix tuning, mam, unipelt": PREFIX,
+    "fusion": FUSE,
+    "other setups": SETUPS,
+    "averages": AVERAGED,
+}
+"""What the cases are about -> their names."""
 
 
 @dataclass(frozen=True)

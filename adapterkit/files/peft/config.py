@@ -157,12 +157,21 @@ REFUSED: dict[str, _Rule] = {
 }
 
 
+PROMPTS = {
+    "PREFIX_TUNING": "PEFT's prefix is a cache, which moves the positions of all tokens by its length",
+    "PROMPT_TUNING": "PEFT's prompt stands before the padding on the left, and poolers and outputs see it",
+}
+"""Types that add positions -> in what PEFT's differ from ours."""
+
+
 def parse(data: Mapping[str, Any], file: str) -> PeftFile:
     """The config of a type that is known, with nothing in it that would change the numbers unnoticed.
 
     Raises: FileFormatError: another type, wrong values, fields that cannot be honoured; all of them at once.
     """
     kind = data.get("peft_type")
+    if kind in PROMPTS:
+        raise FileFormatError(Problem("peft-prompt", PROMPTS[str(kind)], "peft_type", file=file))
     if kind not in TYPES:
         message = f"holds an adapter of type {str(kind)!r}"
         raise FileFormatError(

@@ -16,7 +16,7 @@ from adapterkit.adapter import Adapter
 from adapterkit.errors import FileFormatError, Problem, listing
 from adapterkit.files.disk import to_json, write_directory
 from adapterkit.files.native import base_model
-from adapterkit.files.peft.config import CONFIG
+from adapterkit.files.peft.config import CONFIG, PROMPTS
 from adapterkit.files.peft.names import refuse_unnamed
 from adapterkit.files.peft.reading import PREFIX, WEIGHTS
 from adapterkit.files.peft.saved import give_modules, own_modules
@@ -24,6 +24,8 @@ from adapterkit.methods.base import SlotConfig, Unit
 from adapterkit.methods.dora import DoRA, DoRAConfig
 from adapterkit.methods.ia3 import IA3Config, ScaleInput
 from adapterkit.methods.lora import LoRA, LoRAConfig
+from adapterkit.methods.prefix import PrefixTuningConfig
+from adapterkit.methods.prompt import PromptTuningConfig
 from adapterkit.methods.vera import VeRAConfig
 from adapterkit.methods.weights import readable
 from adapterkit.model.blueprint import Blueprint, Slot
@@ -49,6 +51,9 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
     file = str(directory)
     refuse_unnamed(blueprint, file)
     writer = next((w for config, w in _METHODS.items() if type(adapter.config) is config), None)
+    if isinstance(adapter.config, PrefixTuningConfig | PromptTuningConfig):
+        why = PROMPTS[adapter.config.method.upper()]
+        raise FileFormatError(Problem("peft-prompt", why, expected="adapterkit's own format", file=file))
     if writer is None:
         expected = f"one of {listing(config.method for config in _METHODS)}, or adapterkit's own format"
         raise FileFormatError(
