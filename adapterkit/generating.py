@@ -34,5 +34,5 @@ def generate(model: nn.Module, top: Top, args: tuple[Any, ...], kwargs: dict[str
     try:
         return run(*prompt, *args, **kwargs)
     finally:
-        for key in (lanes.GENERATING, lanes.ENTERED, lanes.PICKS, *lanes.INDEX.values()):
+        for key in (lanes.GENERATING, lanes.ENTERED, *lanes.KEPT):
             flow.pop(key, None)

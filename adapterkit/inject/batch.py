@@ -105,7 +105,6 @@ def enter(
     flow[lanes.ENTERED] = True
     if generating:
         return args, kwargs
-    flow.pop(lanes.PICKS, None)
     if batch.copies > 1 and any(kwargs.get(name) is not None for name in _CACHES):
         message = "a cache holds the rows of one copy of the batch, but Parallel repeats it"
         expected = "kit.generate(...) in place of model.generate(...), or no cache"
@@ -190,5 +189,5 @@ def leave(flow: Flow) -> None:
     """Forget the batch of a forward pass."""
     flow.pop(lanes.ENTERED, None)
     if lanes.GENERATING not in flow:
-        for key in lanes.INDEX.values():
+        for key in lanes.KEPT:
             flow.pop(key, None)

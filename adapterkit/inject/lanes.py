@@ -10,7 +10,7 @@ import torch
 from adapterkit.errors import CompositionError, Problem
 from adapterkit.inject import cut as cuts
 from adapterkit.inject.cut import Cut
-from adapterkit.inject.grouped import grouped
+from adapterkit.inject.grouped import ROWS, grouped
 from adapterkit.inject.prefix import State, after_one_another, side_by_side
 from adapterkit.methods.flow import Flow, first, with_first
 from adapterkit.runtime import Lanes, Step
@@ -22,6 +22,8 @@ GENERATING = "#generate"
 INDEX = {"route": "#rows", "tasks": "#tasks"}
 PICKS = "#picks"
 """Positions of the examples of each lane, as far as they were looked up."""
+KEPT = (*INDEX.values(), PICKS, ROWS)
+"""What is in the flow as long as a batch is."""
 
 
 class Seen:
@@ -160,7 +162,9 @@ def prompt_length(steps: Sequence[Step], stack: str, host: Any) -> int:
 
 
 def _outputs(step: Lanes, out: T, x: Any, host: Any) -> T:
-    whole = grouped(step, out, x, host, lambda: index_of(step, out, host))
+    if step.kind == "rows":
+        _entered(host.adapterkit)
+    whole = grouped(step, out, x, host, lambda: _index(step, out, host))
     if whole is not None:
         return whole
 
@@ -363,14 +367,6 @@ def _entered(site: Any) -> None:
     )
     expected = "a call of that model; kit.generate(...) in place of model.generate(...)"
     raise CompositionError(Problem("not-entered", message, expected=expected))
-
-
-def index_of(step: Lanes, value: T, host: Any) -> T | None:
-    """For each row of a value the lane it takes (B,), -1 for none; None if the batch does not say."""
-    if step.kind not in INDEX:
-        return None
-    index, each = _index(step, value, host)
-    return index.repeat_interleave(each) if each > 1 else index
 
 
 def _index(step: Lanes, value: T, host: Any) -> tuple[T, int]:

@@ -29,11 +29,16 @@ class Site(nn.Module):
     key: str
     runtime: Runtime
     program: Program | None
+    stacked: dict[Any, Any]
+    """Weights of several units put together, kept as long as these are the same; see grouped.py."""
 
     def __init__(self, key: str, runtime: Runtime) -> None:
         super().__init__()
         # at once: `nn.Module` would look at each of them for what it may be
-        self.__dict__.update(key=key, runtime=runtime, program=None)
+        self.__dict__.update(key=key, runtime=runtime, program=None, stacked={})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stacked": {}}
 
     def forward(self) -> None:
         raise NotImplementedError("a site is run by its host")
