@@ -162,11 +162,13 @@ def prompt_length(steps: Sequence[Step], stack: str, host: Any) -> int:
 
 
 def _outputs(step: Lanes, out: T, x: Any, host: Any) -> T:
-    if step.kind == "rows":
-        _entered(host.adapterkit)
-    whole = grouped(step, out, x, host, lambda: _index(step, out, host))
-    if whole is not None:
-        return whole
+    if isinstance(x, T) and x.ndim > 1:
+        site = host.adapterkit
+        if step.kind == "rows":
+            _entered(site)
+        whole = grouped(step, out, x, site, lambda: _index(step, out, host))
+        if whole is not None:
+            return whole
 
     def run(own: Sequence[Step], part: T, read: Callable[[Any], Any]) -> T:
         found: T = outputs(own, part, read(x), host)

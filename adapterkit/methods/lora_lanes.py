@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from adapterkit.methods.lora import LoRA, add_rows
 
@@ -16,17 +17,19 @@ WIDE_TOKENS = 2
 
 
 class Stacked(NamedTuple):
-    """Matrices of N lanes, and of one that does nothing; shorter ranks are filled up with zeros.
+    """Matrices of N lanes, and of one more that does nothing; shorter ranks are filled up with zeros.
 
-    Shapes: a (N + 1, R, D_in), b (N + 1, R, D_out), which holds the scale.
+    b holds the scale. The other fields are views of a and b.
+    Shapes: a (N + 1, D_in, R), b (N + 1, R, D_out); lanes_a (N, D_in, R), lanes_b (N, R, D_out); wide_a
+    (N R, D_in), wide_b (N R, D_out).
     """
 
     a: T
     b: T
-
-    @property
-    def lanes(self) -> int:
-        return self.a.shape[0] - 1
+    lanes_a: T
+    lanes_b: T
+    wide_a: T
+    wide_b: T
 
 
 class Rows(NamedTuple):
@@ -47,22 +50,19 @@ def fit(units: Sequence[Any]) -> bool:
     real = [unit for unit in units if unit is not None]
     first = real[0]
     return all(
-        type(unit) is LoRA
-        and unit.gate is None
-        and unit.A0 is None
-        and unit.in_place
-        and not (unit.dropout and unit.training)
-        and unit.rows == first.rows
-        and unit.A.dtype == first.A.dtype
-        and type(unit.A) is torch.nn.Parameter
-        and "_hf_hook" not in unit.__dict__
-        for unit in real
+        [
+            type(unit) is LoRA
+            and unit.gate is None
+            and unit.A0 is None
+            and unit.in_place
+            and not (unit.dropout and unit.training)
+            and unit.rows == first.rows
+            and unit.A.dtype == first.A.dtype
+            and type(unit.A) is nn.Parameter
+            and "_hf_hook" not in unit.__dict__
+            for unit in real
+        ]
     )
-
-
-def tensors(units: Sequence[Any]) -> list[T]:
-    """What the stacked matrices are made of."""
-    return [tensor for unit in units if unit is not None for tensor in (unit.A, unit.B)]
 
 
 def stack(units: Sequence[Any]) -> Stacked:
@@ -71,7 +71,10 @@ def stack(units: Sequence[Any]) -> Stacked:
     rank = max([unit.A.shape[0] for unit in real])
     none = real[0].A.new_zeros(rank, real[0].A.shape[1]), real[0].A.new_zeros(rank, real[0].B.shape[0])
     found = [none if unit is None else _filled(unit, rank) for unit in units]
-    return Stacked(torch.stack([a for a, _ in (*found, none)]), torch.stack([b for _, b in (*found, none)]))
+    n = len(units)
+    a, b = torch.stack([a for a, _ in (*found, none)]), torch.stack([b for _, b in (*found, none)])
+    turned = a.transpose(1, 2)
+    return Stacked(turned, b, turned[:n], b[:n], a[:n].flatten(0, 1), b[:n].flatten(0, 1))
 
 
 def _filled(unit: LoRA, rank: int) -> tuple[T, T]:
@@ -83,31 +86,30 @@ def _filled(unit: LoRA, rank: int) -> tuple[T, T]:
 
 
 def equal(out: T, x: T, unit: LoRA, stacked: Stacked) -> T:
-    """Lanes that have the same number of examples each, one after another. Shapes: out (N B, T, D_out)."""
-    n = stacked.lanes
-    low = torch.bmm(x.reshape(n, -1, x.shape[-1]), stacked.a[:n].transpose(1, 2))
+    """Lanes that have the same number of examples each, one after another. Shapes: out (N B, ..., D_out)."""
+    n = stacked.lanes_a.shape[0]
+    low = torch.bmm(x.reshape(n, -1, x.shape[-1]), stacked.lanes_a)
     if unit.rows is None and out.is_contiguous() and out.dtype == low.dtype:
-        out.view(n, -1, out.shape[-1]).baddbmm_(low, stacked.b[:n])
+        out.view(n, -1, out.shape[-1]).baddbmm_(low, stacked.lanes_b)
         return out
-    delta = torch.bmm(low, stacked.b[:n])
+    delta = torch.bmm(low, stacked.lanes_b)
     return add_rows(out, delta.view(*x.shape[:-1], -1), unit.rows, unit.in_place)
 
 
 def chosen(out: T, x: T, unit: LoRA, stacked: Stacked, rows: Rows) -> T:
     """Examples that take any lane or none. Shapes: out (B, ..., D_out), x (B, ..., D_in)."""
-    n, count = stacked.lanes, x.shape[0]
-    flat = x.reshape(count, -1, x.shape[-1])
+    count, width = x.shape[0], x.shape[-1]
     fresh = unit.rows is None and out.is_contiguous() and out.dtype == x.dtype
-    if flat.shape[1] <= WIDE_TOKENS:
-        low = F.linear(flat, stacked.a[:n].flatten(0, 1)).view(count, -1, n, stacked.a.shape[1])
-        wide = (low * rows.chosen[:, None]).view(-1, n * stacked.a.shape[1])
-        b = stacked.b[:n].flatten(0, 1)
+    if x.numel() <= WIDE_TOKENS * count * width:
+        n, _, rank = stacked.lanes_a.shape
+        low = F.linear(x.reshape(count, -1, 1, width), stacked.wide_a).view(count, -1, n, rank)
+        wide = (low * rows.chosen[:, None]).view(-1, n * rank)
         if fresh:
-            out.view(-1, out.shape[-1]).addmm_(wide, b)
+            out.view(-1, out.shape[-1]).addmm_(wide, stacked.wide_b)
             return out
-        return add_rows(out, (wide @ b).view(*x.shape[:-1], -1), unit.rows, unit.in_place)
-    low = torch.bmm(flat, stacked.a[rows.lane].transpose(1, 2))
-    b = stacked.b[rows.lane]
+        return add_rows(out, (wide @ stacked.wide_b).view(*x.shape[:-1], -1), unit.rows, unit.in_place)
+    low = torch.bmm(x.reshape(count, -1, width), stacked.a.index_select(0, rows.lane))
+    b = stacked.b.index_select(0, rows.lane)
     if fresh:
         out.view(count, -1, out.shape[-1]).baddbmm_(low, b)
         return out
