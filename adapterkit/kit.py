@@ -25,7 +25,7 @@ from adapterkit.errors import (
 from adapterkit.files import adapterhub, native, peft, reader, setups
 from adapterkit.files.assemble import assemble
 from adapterkit.files.content import Bundle
-from adapterkit.inject.batch import refuse_override
+from adapterkit.inject.batch import leave, refuse_override
 from adapterkit.inject.injector import cast, copy_head
 from adapterkit.liveness import Liveness, examine, trained
 from adapterkit.members import Members, Named
@@ -57,6 +57,8 @@ class Kit(Named):
         self._skipped: Layers = ()
         self._groups = self._members.groups
         self._originals: merging.Originals | None = None
+        self._compiled: dict[Any, Programs] = {}
+        """Programs of setups that have been used, by all that they depend on."""
 
     # -- attach, load, plan
 
@@ -194,7 +196,14 @@ class Kit(Named):
         self._active, self._skipped = setup, skip_layers
 
     def _programs(self, setup: Setup | None, skip_layers: Layers = ()) -> Programs:
-        found = programs(setup, self, self.blueprint, self._entries, skip_layers)
+        composition.check(setup)
+        key = setup, str(skip_layers), tuple(self._adapters.values())
+        found = self._compiled.get(key)
+        if found is None:
+            found = programs(setup, self, self.blueprint, self._entries, skip_layers)
+            if len(self._compiled) >= 64:
+                self._compiled = {}
+            self._compiled[key] = found
         self._top.expect(self.model, found)
         return found
 
@@ -224,6 +233,7 @@ class Kit(Named):
             yield self
         finally:
             override.programs, override.active, override.rows, override.tasks = before
+            leave(override.flow)  # a forward pass may have ended by an exception
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with the batch repeated for Parallel; rows follow their examples through beams."""

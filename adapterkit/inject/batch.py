@@ -102,8 +102,8 @@ def enter(
     """
     generating = lanes.GENERATING in flow
     kwargs, rows, tasks = columns(batch, kwargs, rows, tasks)
-    flow[lanes.ENTERED] = True
     if generating:
+        flow[lanes.ENTERED] = True
         return args, kwargs
     if batch.copies > 1 and any(kwargs.get(name) is not None for name in _CACHES):
         message = "a cache holds the rows of one copy of the batch, but Parallel repeats it"
@@ -111,6 +111,7 @@ def enter(
         raise CompositionError(Problem("cached-parallel", message, expected=expected))
     found = inputs.examples(args, kwargs)
     prepare(model, batch, found, flow, rows, tasks)
+    flow[lanes.ENTERED] = True
     if batch.copies > 1:
         args, kwargs = inputs.repeated(args, kwargs, batch.copies)
     return args, kwargs

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.errors import PlanError, Problem
+from adapterkit.errors import CompositionError, PlanError, Problem
 from adapterkit.inject import attention, lanes
 from adapterkit.inject.lanes import Seen
 from adapterkit.model.walk import CHILD
@@ -39,6 +39,17 @@ class Site(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stacked": {}}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse what DataParallel does in the thread of an override: its copies run in others.
+
+        Raises: CompositionError.
+        """
+        if self.runtime.override.programs is not None:
+            message = "DataParallel runs copies of the model in threads that do not see kit.using(...)"
+            expected = "kit.activate(...), or one process for each device"
+            raise CompositionError(Problem("override-replicated", message, self.key, expected))
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     def forward(self) -> None:
         raise NotImplementedError("a site is run by its host")

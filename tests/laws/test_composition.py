@@ -57,7 +57,7 @@ MORE = [
     ("reft", "suffix"),
     ("plus", "invertible"),
 ]
-BATCH, SEEN = 3, 2e-6
+BATCH = 3
 FEW = ("bert", "llama", "t5", "gpt2", "vit", "deberta")
 
 
@@ -70,21 +70,27 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(row, cls, pair, id=f"{row}-{cls}-{'+'.join(pair)}", marks=marks)
 
 
+# said by EncoderDecoderModel whenever it is given labels
+pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces a better way:FutureWarning")
 every_case = pytest.mark.parametrize(("row", "cls", "pair"), list(cases()))
 
 
 class Scene:
     """A tiny model with the adapters a and b, both moved away from their start."""
 
-    def __init__(self, row: str, cls: str, pair: tuple[str, ...], **options: Any) -> None:
+    def __init__(self, row: str, cls: str, pair: tuple[str, ...]) -> None:
         interface = CUSTOM if row == "custom" else None
         self.row, self.cls = row, cls
-        model = tiny.build(row, cls, **options)
+        model = tiny.build(row, cls, dtype=torch.float64)
         for seed, method in enumerate(pair):
             name = "abcd"[seed]
             self.kit = ak.attach(model, METHODS[method], name=name, seed=seed, interface=interface)
             randomise(self.kit, name, seed=seed)
-        self.given = tiny.inputs(row, cls, batch=BATCH)
+        self.given = self.inputs()
+
+    def inputs(self, **options: Any) -> dict[str, Tensor]:
+        given = tiny.inputs(self.row, self.cls, batch=BATCH, **options)
+        return {key: value.double() if value.is_floating_point() else value for key, value in given.items()}
 
     def run(
         self, setup: Setup | None, given: dict[str, Tensor] | None = None, **rows: Any
@@ -100,10 +106,15 @@ def scene(row: str, cls: str, pair: tuple[str, ...]) -> Scene:
     return Scene(row, cls, pair)
 
 
-def close(found: dict[str, Tensor], *parts: dict[str, Tensor], seen: float = SEEN) -> None:
-    """Whether outputs are those of the parts, one after another."""
+def close(found: dict[str, Tensor], *parts: dict[str, Tensor]) -> None:
+    """Whether outputs are those of the parts, one after another.
+
+    In float64 some models give no number where a padding position sees nothing.
+    """
     for name, value in found.items():
-        torch.testing.assert_close(value, torch.cat([part[name] for part in parts]), rtol=1e-5, atol=seen)
+        torch.testing.assert_close(
+            value, torch.cat([part[name] for part in parts]), rtol=1e-6, atol=1e-6, equal_nan=True
+        )
 
 
 def some(found: dict[str, Tensor], *examples: int) -> dict[str, Tensor]:
@@ -115,7 +126,7 @@ def some(found: dict[str, Tensor], *examples: int) -> dict[str, Tensor]:
 
 
 def moved(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return any((left[name] - right[name]).abs().max() > 1e-3 for name in left)
+    return any((left[name] - right[name]).nan_to_num().abs().max() > 1e-3 for name in left)
 
 
 @every_case
@@ -130,10 +141,12 @@ def test_blocks_of_examples_equal_each_adapter_alone(scene: Scene) -> None:
     close(tasks, some(alone["a"], 0), some(alone["b"], 1, 2))
     nested = ak.Parallel(ak.BatchSplit("a", "b", batch_sizes=[2, 1]), ak.Parallel("b", ak.Stack("a")))
     close(scene.run(nested), some(alone["a"], 0, 1), some(alone["b"], 2), alone["b"], alone["a"])
-    one = scene.run(ak.Stack("a"))
-    assert all(torch.equal(value, alone["a"][name]) for name, value in one.items())
-    one = scene.run(ak.Average("a", "b", weights=[2, 0]))
-    assert all(torch.equal(value, alone["a"][name]) for name, value in one.items())
+    for setup in (ak.Stack("a"), ak.Average("a", "b", weights=[2, 0]), ak.Route("a")):
+        rows = {"rows": [0] * BATCH} if isinstance(setup, ak.Route) else {}
+        for name, value in scene.run(setup, **rows).items():
+            torch.testing.assert_close(
+                value, alone["a"][name], rtol=0, atol=1e-12 if rows else 0, equal_nan=True
+            )
 
 
 @every_case
@@ -161,12 +174,16 @@ def test_a_stack_within_lanes_equals_the_stack_alone(scene: Scene, pair: tuple[s
     close(routed, some(stack, 0), some(scene.run("a"), 1), some(stack, 2))
 
 
-@every_case
+# a model whose loss compares all texts of the batch with all images has none for each adapter
+with_a_loss = pytest.mark.parametrize(
+    ("row", "cls", "pair"), [case for case in cases() if case.values[1] != "CLIPModel"]
+)
+
+
+@with_a_loss
 def test_a_loss_is_the_mean_of_the_losses_alone(scene: Scene) -> None:
     """Labels are repeated with the inputs, and each adapter gets the gradient that it gets alone."""
-    given = tiny.inputs(scene.row, scene.cls, batch=BATCH, labels=True)
-    if scene.cls == "CLIPModel":
-        pytest.skip("its loss compares all texts with all images")
+    given = scene.inputs(labels=True, padded=False)
 
     def gradients(setup: Setup, scale: float) -> dict[str, Tensor]:
         scene.kit.activate(setup)
@@ -185,5 +202,4 @@ def test_a_loss_is_the_mean_of_the_losses_alone(scene: Scene) -> None:
     alone = gradients("a", 1.0) | gradients("b", 1.0)
     assert both.keys() == alone.keys()
     for key, value in both.items():
-        size = max(float(alone[key].abs().max()), 1e-3)
-        torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-4 * size)
+        torch.testing.assert_close(value, alone[key], rtol=1e-7, atol=1e-8)
