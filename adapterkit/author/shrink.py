@@ -148,11 +148,13 @@ class Shrinker:
         )
         self.ids = {number: FIRST_SPECIAL + i % (VOCAB - FIRST_SPECIAL) for i, number in enumerate(ids)}
 
-    def shrink(self, config: Any) -> Any:
+    def shrink(self, config: Any, said: Mapping[str, Any] | None = None) -> Any:
         """A tiny config of the same class.
 
+        Args: said: fields whose values are known, nested for a sub-config.
         Raises: whatever the class says against it.
         """
+        said = said or {}
         held = {name: vars(config)[name] for name in names(config)}
         new: dict[str, Any] = {
             name: self.shrink(value) if hasattr(value, _SUB) else value for name, value in held.items()
@@ -169,6 +171,7 @@ class Shrinker:
         rope = new.get("rope_parameters")
         if isinstance(rope, Mapping):
             new["rope_parameters"] = _rope(rope, held, new)
+        new |= {name: value for name, value in said.items() if not hasattr(held.get(name), _SUB)}
         return type(config)(**new)
 
     # ------------------------------------------------------------------------------------------------ layers

@@ -18,8 +18,11 @@ import torch
 from torch import nn
 
 from adapterkit.author import inputs as drawing
-from adapterkit.author.shrink import WAYS, Shrinker
+from adapterkit.author.shrink import WAYS, Shrinker, names
 from adapterkit.errors import ConfigError, Problem, did_you_mean
+from adapterkit.spec import registry
+from adapterkit.spec.making import Drawn
+from adapterkit.spec.making import Tiny as Said
 
 PARAMETERS = 40_000_000
 """What is larger than this after shrinking is not built."""
@@ -58,16 +61,48 @@ def build(
         return build(config, cls or type(source), seed=seed, given=given)
     config = config_of(source)
     wanted = _class(config, cls)
+    said = _said(config)
+    given = {**drawn(said.inputs, seed), **(given or {})}
     reasons: list[str] = []
     for way in WAYS:
         try:
-            model = instance(wanted, Shrinker(config, way).shrink(config), seed)
+            model = instance(wanted, Shrinker(config, way).shrink(config, said.config), seed)
             return Tiny(model, drawing.draw(model, seed, given))
         except drawing.NotRunning as error:
             reasons.append(error.reasons[0] if error.reasons else str(error))
         except Exception as error:  # constructors of transformers raise anything
             reasons.append(f"{type(error).__name__}: {error}")
     raise _refused(config.model_type, "; ".join(dict.fromkeys(map(_short, reasons))))
+
+
+def _said(config: Any) -> Said:
+    """What a known interface says of tiny models of this type.
+
+    Raises: ConfigError: it speaks of a field that the config has not.
+    """
+    if config.model_type not in registry.model_types():
+        return Said()
+    said = registry.by_name(config.model_type).tiny.get(config.model_type, Said())
+    unknown = [name for name in said.config if name not in names(config)]
+    if unknown:
+        hint = did_you_mean(unknown[0], names(config))
+        message = f"'tiny' of its interface names {unknown[0]!r}, which is no field of its config"
+        raise ConfigError(Problem("unknown-config-field", message, config.model_type, hint=hint))
+    return said
+
+
+def drawn(inputs: Mapping[str, Drawn], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Arguments as an interface says them."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, torch.Tensor] = {}
+    for name, one in inputs.items():
+        if one.shape is None:
+            found[name] = torch.tensor(one.values)
+        elif one.below is not None:
+            found[name] = torch.randint(one.below, one.shape, generator=generator)
+        else:
+            found[name] = torch.randn(one.shape, generator=generator)
+    return found
 
 
 def config_of(source: Any) -> Any:
@@ -109,9 +144,23 @@ def _class(config: Any, cls: type[nn.Module] | str | None) -> Any:
     found = getattr(transformers, cls, None) if cls else MODEL_MAPPING.get(type(config), None)
     if isinstance(found, tuple):
         found = found[0]
+    if found is None and cls is None:
+        found = _class_beside(type(config))
     if found is None:
         raise _refused(config.model_type, f"transformers has no {cls or 'base model'} of this type")
     return found
+
+
+def _class_beside(config: type) -> Any:
+    """The plainest model of a config that AutoModel does not know, from the module beside it."""
+    try:
+        module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return None
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, nn.Module)]
+    own = [c for c in classes if c.__dict__.get("config_class", getattr(c, "config_class", None)) is config]
+    own = [c for c in own if not c.__name__.endswith("PreTrainedModel")]
+    return min(own, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)), default=None)
 
 
 def instance(cls: Any, config: Any, seed: int = 0) -> nn.Module:

@@ -13,7 +13,7 @@ from adapterkit.spec.text import Document, Loc, Mark
 Find = Callable[[str, str], Document]
 """Name of an interface and the file that names it -> the document of that name. Raises SpecError."""
 
-_OWN = ("model_type", "source", "like", "only")
+_OWN = ("model_type", "source", "like", "only", "tiny")
 """Words that say which interface this is; they are not copied."""
 
 

@@ -211,9 +211,9 @@ def _is_file(path: Path) -> bool:
 
 
 def dump(interface: Interface) -> dict[str, Any]:
-    """The interface as plain data, complete without other files."""
+    """What the interface says of models, as plain data that is complete without other files."""
     data: dict[str, Any] = interface.model_dump(mode="json", exclude_unset=True)
-    return {key: value for key, value in data.items() if key not in ("like", "only")}
+    return {key: value for key, value in data.items() if key not in ("like", "only", "tiny")}
 
 
 def digest(interface: Interface) -> str:

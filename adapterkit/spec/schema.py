@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from adapterkit.errors import listing
 from adapterkit.spec.foreign import AdapterHub, Peft
+from adapterkit.spec.making import Tiny
 from adapterkit.spec.terms import (
     GLOB,
     PATH,
@@ -498,6 +499,10 @@ class Interface(Model):
     )
     unsupported: dict[str, Reason] = Field(
         default_factory=dict, description="method: why this family cannot have it"
+    )
+    tiny: dict[str, Tiny] = Field(
+        default_factory=dict,
+        description="model type: how a tiny model of it is made, for checking and drafting alone",
     )
     adapterhub: AdapterHub | None = None
     peft: Peft | None = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import adapterkit as ak
 from adapterkit.author import inputs, tiny
 from adapterkit.author.shrink import HEADS, KV_HEADS, VOCAB, WAYS, Shrinker
 from adapterkit.errors import ConfigError
@@ -111,3 +112,31 @@ def test_what_cannot_be_built_says_why(source: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         tiny.build(source)
     assert caught.value.code == "no-such-model"
+
+
+def test_an_interface_says_what_a_tiny_model_needs(tmp_path: Path) -> None:
+    model, given = tiny.build("xmod")  # no default config runs: it names no language
+    assert model.config.default_language == "en_XX" and inputs.run(model, given)
+    spec = Path(__file__).parent.parent / "specs" / "good" / "model-bert-tiny.yaml"
+    said = ak.Interface.load(spec).tiny["bert"]
+    small_config = Shrinker(transformers.BertConfig(), WAYS[0]).shrink(transformers.BertConfig(), said.config)
+    assert (small_config.hidden_size, small_config.num_attention_heads) == (24, 3)
+    drawn = tiny.drawn(said.inputs)
+    assert drawn["input_ids"].shape == (3, 5) and int(drawn["input_ids"].max()) < 40
+    assert drawn["attention_mask"].sum() == 12
+    fed = tiny.build("bert", given=drawn)
+    assert torch.equal(fed.inputs["attention_mask"], drawn["attention_mask"])
+
+
+def test_a_field_that_the_config_has_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ak.Interface.load(
+        {"adapterkit": 1, "like": "bert", "tiny": {"bert": {"config": {"hiden_size": 8}}}}
+    )
+    monkeypatch.setattr(tiny.registry, "by_name", lambda name: said)
+    with pytest.raises(ConfigError, match="did you mean 'hidden_size'") as caught:
+        tiny.build("bert")
+    assert caught.value.code == "unknown-config-field"
+
+
+def test_a_type_that_automodel_does_not_know() -> None:
+    assert type(tiny.build("siglip_text_model").model) is transformers.SiglipTextModel

@@ -56,6 +56,14 @@ def branch(found: Blueprint, model: nn.Module) -> None:
     assert not any(slot.sublayer == "mlp" for slot in found)
 
 
+def nothing_of_models(found: Blueprint, model: nn.Module) -> None:
+    """How to build a tiny model says nothing of what a model is, and is not saved with adapters."""
+    said = found.interface.tiny["bert"]
+    assert (said.config["hidden_size"], said.inputs["input_ids"].shape) == (24, (3, 5))
+    assert registry.dump(found.interface).keys().isdisjoint({"tiny", "like"})
+    assert found.slots.keys() == resolve(model, "bert").slots.keys()
+
+
 def parallel(found: Blueprint, model: nn.Module) -> None:
     assert found.stacks["decoder"].parallel
     assert found.places["decoder.1.norm.before"].module is model.blocks[1].ln
@@ -216,6 +224,7 @@ CONSTRUCTS: dict[str, tuple[str, Check, str]] = {
     ),
     "parts": ("model-encoder_decoder-parts.yaml", parts, "parts by_default config reads"),
     "like an interface, null removes": ("model-bert-like.yaml", copy_with_changes, "like unsupported"),
+    "how a tiny model is made": ("model-bert-tiny.yaml", nothing_of_models, "tiny inputs shape below values"),
     "only some stacks": ("model-t5-only.yaml", encoder_only, "only"),
     "only a stack that copies another": ("model-t5-only-decoder.yaml", decoder_only, "only reads"),
 }
