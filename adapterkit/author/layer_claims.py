@@ -71,6 +71,11 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
             text = f"own_adapter: {own.rpartition('.')[2]} adds to the stream behind the residual add"
             seen.judge(bool(inside), block.at("own_adapter"), text, "it adds nothing to the stream")
     for block in said:
+        if "branch" in block.lacks:
+            continue  # it is no summand of the stream by itself
+        if "core" in block.lacks and block.path("out") is not None:
+            left = _mixer(seen, block, facts, left)
+            continue
         found = [branch for branch in left if branch.kind == block.word]
         ends = {block.path("o"), block.path("down"), block.path("out")} - {None}
         right = [b for b in found if _ends(b) & ends] or found
@@ -163,6 +168,15 @@ def _is_given_states(seen: Seen, layer: Call) -> bool:
     )
 
 
+def _mixer(seen: Seen, block: Block, facts: LayerFacts, left: list[BranchFacts]) -> list[BranchFacts]:
+    """A sublayer without attention in the place of one: its output is added. Returns the other branches."""
+    end = str(block.path("out"))
+    found = [b for b in left if b.projection is not None and _is_below(b.projection.path, end)]
+    text = f"{block.word}: what {end.rpartition('.')[2]} gives is added to the stream"
+    seen.judge(bool(found), block.loc, text, f"nothing of it is added in {facts.call.path}")
+    return [branch for branch in left if branch not in found[:1]]
+
+
 def _judge(branch: BranchSeen) -> None:
     """Every claim about one sublayer."""
     _norm_before(branch)
@@ -188,6 +202,8 @@ def _attention(branch: BranchSeen) -> None:
         fused = slot is not None and slot.rows is not None
         word = "fused.path" if fused else role
         made = tuple(one for one in found if one.call is not None)
+        if slot is None and role in block.lacks:
+            continue
         if slot is None:
             named = {s.path for s in block.slots.values()}
             unsaid = [one for one in made if one.path not in named and _is_linear(branch.seen, one.path)]

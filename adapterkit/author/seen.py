@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -98,6 +98,8 @@ class Block:
     """Roles and extra modules by name."""
     places: dict[str, Slot]
     """Named places: core, tail, norm.before and so on."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """What the interface says that the sublayer does without, and why."""
 
     def path(self, word: str) -> str | None:
         found = self.slots.get(word) or self.places.get(word)
@@ -121,7 +123,7 @@ def blocks(seen: Seen, index: int, layer: Slot) -> Iterator[Block]:
             for name, found in (*slots.items(), *places.items())
         }
         loc, said = _chosen(seen, word, bound)
-        yield Block(word, loc, said, slots, places)
+        yield Block(word, loc, said, slots, places, seen.blueprint.without.get(start[:-1], {}))
 
 
 def _chosen(seen: Seen, word: str, bound: set[tuple[str, str]]) -> tuple[Loc, Sublayer | None]:

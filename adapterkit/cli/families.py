@@ -116,5 +116,5 @@ def stack_roles(stack: Stack) -> Iterator[str]:
     for word, sublayer in _sublayers(stack):
         known = MLP_ROLES if word == "mlp" else ATTENTION_ROLES
         yield from (role for role in known if getattr(sublayer, role) is not None)
-        yield from sublayer.fused.order if sublayer.fused else ()
+        yield from sublayer.fused.roles if sublayer.fused else ()
         yield from sublayer.extra

@@ -212,7 +212,8 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
             "bad-layout", f"{host.path}: {error}", "expected rows as 'layout' and 'order' say", "see 'sizes'"
         )
         return
-    for role, stretch in rows.items():
+    for role in said.fused.roles:
+        stretch = rows[role]
         here.draft.slots[f"{here.address}.{role}"] = replace(
             whole,
             address=f"{here.address}.{role}",

@@ -13,6 +13,7 @@ from adapterkit.spec.foreign import AdapterHub, Peft
 from adapterkit.spec.making import Tiny
 from adapterkit.spec.terms import (
     GLOB,
+    NO_ROLE,
     PATH,
     Batch,
     ExtraName,
@@ -119,7 +120,7 @@ class Fused(Model):
         description="blocks: all rows of one role, then the next; per_head: roles alternate head by head; "
         "per_group: for each key/value head its query heads, then its key, then its value"
     )
-    order: Strings = Field(description="roles in the order of their rows")
+    order: Strings = Field(description="roles in the order of their rows; '_': rows of no role")
     groups: int | None = Field(
         None,
         ge=1,
@@ -137,7 +138,7 @@ class Fused(Model):
         if (
             len(set(self.order)) != len(self.order)
             or len(self.order) < 2
-            or not set(self.order) <= set(known)
+            or not set(self.order) <= {*known, NO_ROLE}
         ):
             raise complaint("bad-order", f"'order' lists two or more different roles of {', '.join(known)}")
         if set(self.order) & set(MLP_ROLES) and (
@@ -147,6 +148,11 @@ class Fused(Model):
         if self.widths and (set(self.widths) != set(self.order) or set(self.order) & set(MLP_ROLES)):
             raise complaint("bad-order", "'widths' are those of heads: one for each role in 'order'")
         return self
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that lie in the matrix."""
+        return tuple(role for role in self.order if role != NO_ROLE)
 
 
 class Kernel(Model):
@@ -292,10 +298,10 @@ class Mlp(Sublayer):
 
 def _check_roles(said: Attention | Mlp, named: dict[str, Path | None]) -> None:
     fused = said.fused
-    foreign = [role for role in (fused.order if fused else ()) if role not in named]
+    foreign = [role for role in (fused.roles if fused else ()) if role not in named]
     if foreign:
         raise complaint("bad-order", f"no roles of this sublayer: {listing(foreign)}")
-    twice = [role for role in (fused.order if fused else ()) if named.get(role) is not None]
+    twice = [role for role in (fused.roles if fused else ()) if named.get(role) is not None]
     if twice:
         raise complaint("named-twice", f"named on their own and in 'fused.order': {', '.join(twice)}")
     both = [role for role in said.without if named.get(role) or role in (fused.order if fused else ())]

@@ -17,6 +17,8 @@ When = Annotated[
 ]
 Batch = Literal["first", "second", "none"]
 Lacking = Literal["q", "k", "v", "o", "gate", "up", "down", "branch", "core"]
+NO_ROLE = "_"
+"""What stands for rows of no role in the order of a fused matrix."""
 PATH = re.compile(r"^(\.|[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)$")
 GLOB = re.compile(r"^[A-Za-z0-9_*]+(\.[A-Za-z0-9_*]+)*$")
 _NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_]*$")

@@ -66,7 +66,6 @@ BROKEN = {  # what the stream goes through besides the branches that are named
 }
 DEAD = {  # type -> start of addresses of what the tiny inputs never reach, or versions before the newest
     "blip": "text/encoder.",
-    "fsmt": "decoder.",
     "gemma3n_text": "decoder.",
     "nllb-moe": "decoder.",
 }

@@ -253,10 +253,7 @@ NOT_TRIED: dict[str, str] = {
         ("speech-encoder-decoder", "vision-encoder-decoder"), "its config needs those of two models"
     ),
 }
-OTHER_CLASSES = {
-    "JevForDecision",  # of another family
-    "PretrainedFSMTModel",  # an abstract class
-}
+OTHER_CLASSES = {"JevForDecision"}  # of another family
 _MAPPINGS = [getattr(modeling_auto, name) for name in dir(modeling_auto) if name.endswith("MAPPING_NAMES")]
 
 
