@@ -107,6 +107,8 @@ def _named(trial: _Trial, word: str, takes: set[str]) -> None:
         trial.seen.judge(
             said in takes, trial.loc(word), text, f"{kind} has no such argument", hint, aspect="name"
         )
+    elif word == "embeds" and "prompt_tuning" in trial.seen.info.interface.unsupported:
+        return  # the entry may take some that it does not treat as those of ids
     else:
         text = f"inputs.{word}: the entry takes none"
         used = usual in takes and (word not in _PROBES or bool(_PROBES[word](trial, usual)))
