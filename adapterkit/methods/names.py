@@ -103,6 +103,8 @@ LEGACY = {
     "houlsby": "double_seq_bn",
     "parallel": "par_bn",
     "scaled_parallel": "scaled_par_bn",
+    "pfeiffer+inv": "seq_bn_inv",
+    "houlsby+inv": "double_seq_bn_inv",
 }
 """Names that AdapterHub used before."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 import adapterkit as ak
+from tests.models import tiny
 from tests.parity.compare import base, outputs, stored
 from tests.parity.editing import Tensors, edited, without
 from tests.parity.recordings import ALONE, COMPACT, Case, cases, refusal
@@ -140,3 +142,49 @@ def test_in_our_own_format_it_stays_the_same(case: Case, tmp_path: Path) -> None
     with torch.no_grad():
         first, second = outputs(model(**inputs)), outputs(again(**inputs))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+# ------------------------------------------------------------------------------------- files of older versions
+
+
+@pytest.mark.parametrize(
+    ("version", "alpha"),
+    [
+        ("adapters.1.0.1", 3),
+        ("adapters.1.1.0", 9),
+        ("adapters.1.3.0", 9),
+        ("3.2.1", 9),
+        ("adapters.0.2.2", 3),
+    ],
+)
+def test_a_lora_from_before_its_scale_was_used(version: str, alpha: float, tmp_path: Path) -> None:
+    """r is 3 and alpha 9; what theirs makes of it is in adapters 1.3.0, loading.py, _fix_backward_compat."""
+    kit = ak.load(tiny.build("bert", "BertModel"), edited(BERT, tmp_path, version=version), head=False)
+    assert kit["a"].config.alpha == alpha
+
+
+def test_an_activation_from_before_versions(tmp_path: Path) -> None:
+    case = Case(COMPACT, "bert", "BertModel", "bn_gating")
+    directory = edited(case, tmp_path)
+    file = directory / "adapter_config.json"
+    said = json.loads(file.read_text())
+    assert said["config"]["non_linearity"] == "gelu"
+    assert ak.load(base(case, "eager"), directory, head=False)["a"].config.non_linearity == "gelu"
+    del said["version"]
+    file.write_text(json.dumps(said))
+    assert ak.load(base(case, "eager"), directory, head=False)["a"].config.non_linearity == "gelu_new"
+
+
+def test_modules_under_their_old_names(tmp_path: Path) -> None:
+    case = Case(COMPACT, "bert", "BertModel", "double_seq_bn")
+
+    def old(tensors: Tensors) -> Tensors:
+        new = {}
+        for key, value in tensors.items():
+            kind = "attention" if ".attention." in key else "layer"
+            new[key.replace(".adapters.", f".{kind}_text_task_adapters.")] = value
+        return new
+
+    same = adapted(ak.load(base(case, "eager"), edited(case, tmp_path), head=False))
+    other = adapted(ak.load(base(case, "eager"), edited(case, tmp_path, tensors=old), head=False))
+    assert all(torch.equal(value, other[key]) for key, value in same.items())

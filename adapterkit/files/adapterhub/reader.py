@@ -14,6 +14,7 @@ from adapterkit.files.adapterhub import keys
 from adapterkit.files.adapterhub.bottleneck import BottleneckMember
 from adapterkit.files.adapterhub.comparison import check_model, differences, weights_file
 from adapterkit.files.adapterhub.invertible import InvertibleMember
+from adapterkit.files.adapterhub.legacy import renamed, updated
 from adapterkit.files.adapterhub.lora import LoRAMember
 from adapterkit.files.adapterhub.member import Member
 from adapterkit.files.adapterhub.places import hub_of
@@ -63,9 +64,11 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
 def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     hub_of(blueprint)
     check_model(data, blueprint)
+    data = updated(data)
     found, name = members(data["config"], blueprint), str(data.get("name"))
     refuse(problem for member in found for problem in member.refusals())
-    given = keys.sort(read_tensors(weights_file(directory, WEIGHTS), allow_bin), name, blueprint)
+    tensors = renamed(read_tensors(weights_file(directory, WEIGHTS), allow_bin))
+    given = keys.sort(tensors, name, blueprint)
     refuse(_differences(found, given))
     config, tensors, addresses = adapter(found, given, blueprint)
     return Content(
