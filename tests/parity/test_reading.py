@@ -144,17 +144,18 @@ def test_in_our_own_format_it_stays_the_same(case: Case, tmp_path: Path) -> None
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-# ------------------------------------------------------------------------------------- files of older versions
+# -------------------------------------------------------------------------------- files of older versions
 
 
 @pytest.mark.parametrize(
     ("version", "alpha"),
     [
+        ("adapters.0.2.2", 3),
         ("adapters.1.0.1", 3),
+        ("adapters.1.1.0.dev0", 3),
         ("adapters.1.1.0", 9),
         ("adapters.1.3.0", 9),
         ("3.2.1", 9),
-        ("adapters.0.2.2", 3),
     ],
 )
 def test_a_lora_from_before_its_scale_was_used(version: str, alpha: float, tmp_path: Path) -> None:

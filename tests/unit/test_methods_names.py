@@ -134,3 +134,19 @@ def test_configs_are_immutable_values() -> None:
         ak.LoRAConfig(rank=4)
     with pytest.raises(ValidationError):
         config.replace(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("pfeiffer", "seq_bn"),
+        ("houlsby", "double_seq_bn"),
+        ("parallel", "par_bn"),
+        ("scaled_parallel", "scaled_par_bn"),
+        ("pfeiffer+inv", "seq_bn_inv"),
+        ("houlsby+inv", "double_seq_bn_inv"),
+        ("pfeiffer[reduction_factor=4]|lora", "seq_bn[reduction_factor=4]|lora"),
+    ],
+)
+def test_names_that_adapterhub_used_before(old: str, new: str) -> None:
+    assert parse(old) == parse(new)
