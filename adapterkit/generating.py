@@ -24,7 +24,7 @@ def generate(model: nn.Module, top: Top, args: tuple[Any, ...], kwargs: dict[str
         return run(*args, **kwargs)
     if args:  # the first one is the prompt, whatever the model calls it
         kwargs, args = {**kwargs, "inputs": args[0]}, args[1:]
-    kwargs, rows, tasks = columns(batch, kwargs, override.rows, override.tasks)
+    kwargs, rows, tasks = columns(batch, inputs, kwargs, override.rows, override.tasks)
     flow = override.flow
     prepare(model, batch, inputs.examples((), kwargs), flow, rows, tasks)
     if batch.copies > 1:

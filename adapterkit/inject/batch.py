@@ -13,7 +13,7 @@ from torch import nn
 from adapterkit.errors import CompositionError, Problem
 from adapterkit.inject import lanes
 from adapterkit.inject.cut import mapped
-from adapterkit.methods.flow import Flow
+from adapterkit.methods.flow import Flow, cache_of
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.runtime import Batch
 
@@ -21,7 +21,6 @@ ROWS, TASKS = "adapter_rows", "task_ids"
 """Columns of a batch that are for us, not for the model."""
 _NOT_EXAMPLES = ("cache_position",)
 _TARGETS = ("labels",)
-_CACHES = ("past_key_values", "cache_params")
 
 
 class Inputs:
@@ -101,11 +100,11 @@ def enter(
     Raises: CompositionError: the batch does not fit the setup.
     """
     generating = lanes.GENERATING in flow
-    kwargs, rows, tasks = columns(batch, kwargs, rows, tasks)
+    kwargs, rows, tasks = columns(batch, inputs, kwargs, rows, tasks)
     if generating:
         flow[lanes.ENTERED] = True
         return args, kwargs
-    if batch.copies > 1 and any(kwargs.get(name) is not None for name in _CACHES):
+    if batch.copies > 1 and cache_of({**dict(zip(inputs.names, args, strict=False)), **kwargs}) is not None:
         message = "a cache holds the rows of one copy of the batch, but Parallel repeats it"
         expected = "kit.generate(...) in place of model.generate(...), or no cache"
         raise CompositionError(Problem("cached-parallel", message, expected=expected))
@@ -117,13 +116,29 @@ def enter(
     return args, kwargs
 
 
-def columns(batch: Batch, kwargs: dict[str, Any], rows: Any, tasks: Any) -> tuple[dict[str, Any], Any, Any]:
+def refuse_columns(kwargs: Mapping[str, Any], inputs: Inputs) -> None:
+    """Refuse our columns where no block asks for them: many models swallow arguments that they do not know.
+
+    Raises: CompositionError.
+    """
+    for name in (ROWS, TASKS):
+        if name in kwargs and name not in inputs.names:
+            message = f"the batch has a column {name!r}, but the active setup has no block that asks for it"
+            raise CompositionError(
+                Problem("no-rows", message, name, "Route for adapter_rows, MultiTask for task_ids")
+            )
+
+
+def columns(
+    batch: Batch, inputs: Inputs, kwargs: dict[str, Any], rows: Any, tasks: Any
+) -> tuple[dict[str, Any], Any, Any]:
     """Take the columns that are ours out of what the model is called with."""
     kwargs = dict(kwargs)
     if batch.routed and ROWS in kwargs:
         rows = kwargs.pop(ROWS)
     if batch.tasks and TASKS in kwargs:
         tasks = kwargs.pop(TASKS)
+    refuse_columns(kwargs, inputs)
     return kwargs, rows, tasks
 
 

@@ -89,6 +89,8 @@ class Top:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         override = self.runtime.override
         program = self.program if override.programs is None else override.programs.get(self.key)
+        if program is None or program.batch is None:
+            batch.refuse_columns(kwargs, self.inputs)
         if program is None:
             return args, kwargs
         if program.batch is not None:

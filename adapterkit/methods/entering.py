@@ -16,6 +16,7 @@ from adapterkit.methods.flow import (
     first,
     flow_of,
     given_arguments,
+    past_of,
     with_first,
 )
 from adapterkit.methods.positions import Span, insert, key, shifted, start
@@ -115,8 +116,7 @@ class Widen(nn.Module):
         if tokens.ndim != (2 if embeds is None else 3):
             message = f"{tokens.ndim} axes of tokens: a prompt is put into sequences (B, T)"
             raise PlanError(Problem("unfit-input", message, self.stack))
-        cache: Any = given.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        past = past_of(given)
         rows, length = tokens.shape[:2]
         count = self.acting.count
         mask = self._mask(given)

@@ -12,7 +12,7 @@ tensors.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -150,6 +150,17 @@ def given_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among arguments, None if there is none: versions differ in its name, not in what it can."""
+    return next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
+
+
+def past_of(given: Mapping[str, Any]) -> int:
+    """How many tokens a cache among arguments holds."""
+    cache = cache_of(given)
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 class EntryInfo(nn.Module):
     """Where a stack is entered: remember which positions are real, and how many a cache already holds."""
 
@@ -162,7 +173,6 @@ class EntryInfo(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = given_arguments(module, args, kwargs)
-        cache: Any = given.get("past_key_values")
         flow[f"{self.stack}.mask"] = given.get(self.mask) if self.mask else None
-        flow[f"{self.stack}.past"] = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        flow[f"{self.stack}.past"] = past_of(given)
         return args, kwargs

@@ -1,0 +1,155 @@
+"""Many adapters in one batch, as they are used: generating, and in the stock Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+import adapterkit as ak
+from adapterkit.composition import Setup
+from adapterkit.errors import CompositionError
+from tests.mechanisms.scene import attach
+from tests.models import tiny
+from tests.unit.kit_scene import refused
+
+NEW = 5
+GREEDY: dict[str, Any] = {"do_sample": False}
+BEAMS: dict[str, Any] = {"do_sample": False, "num_beams": 3}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+    "gpt2": "GPT2LMHeadModel",
+    "whisper": "WhisperForConditionalGeneration",
+}
+rows = pytest.mark.parametrize(
+    "row", ["llama", "t5", *(pytest.param(row, marks=pytest.mark.full) for row in ("gpt2", "whisper"))]
+)
+
+
+def scene(row: str) -> tuple[nn.Module, ak.Kit, dict[str, Tensor]]:
+    model = tiny.build(row, CLASSES[row])
+    model.generation_config.eos_token_id = None  # so that all are as long as each other
+    for seed, method in enumerate(
+        ("lora[r=4]", "seq_bn[reduction_factor=4]", "prefix_tuning_flat[prefix_length=3]")
+    ):
+        kit = attach(model, method, "abc"[seed], seed=seed, activate=False)
+    given = tiny.inputs(row, CLASSES[row], batch=3)
+    return model, kit, {key: value for key, value in given.items() if not key.startswith("decoder_")}
+
+
+def generated(
+    kit: ak.Kit, given: dict[str, Tensor], setup: Setup | None, options: Any, **more: Any
+) -> Tensor:
+    with kit.using(setup, **more):
+        found: Tensor = kit.generate(**given, max_new_tokens=NEW, min_new_tokens=NEW, **options)
+    return found
+
+
+@rows
+@pytest.mark.parametrize(
+    "options", [GREEDY, BEAMS, {**GREEDY, "use_cache": False}], ids=["greedy", "beams", "no cache"]
+)
+def test_generating_with_several_adapters(row: str, options: dict[str, Any]) -> None:
+    _, kit, given = scene(row)
+    alone = {name: generated(kit, given, name, options) for name in "abc"}
+    assert not torch.equal(alone["a"], alone["b"]) and not torch.equal(alone["b"], alone["c"])
+    assert torch.equal(
+        generated(kit, given, ak.Parallel("a", "c"), options), torch.cat([alone["a"], alone["c"]])
+    )
+    found = generated(kit, given, ak.BatchSplit("b", "a", batch_sizes=[1, 2]), options)
+    assert torch.equal(found, torch.cat([alone["b"][:1], alone["a"][1:]]))
+    found = generated(kit, given, ak.Route("a", "b", "c"), options, rows=["c", None, "b"])
+    base = generated(kit, given, None, options)
+    assert torch.equal(found, torch.stack([alone["c"][0], base[1], alone["b"][2]]))
+    assert kit._runtime.override.flow.keys().isdisjoint({"#generate", "#batch", "#rows", "#tasks", "#picks"})
+
+
+@rows
+def test_sampling_with_a_seed(row: str) -> None:
+    """The same numbers are drawn as for the batch that is repeated by hand."""
+    _, kit, given = scene(row)
+    options = {"do_sample": True, "top_k": 0}
+    twice = {key: torch.cat([value, value]) for key, value in given.items()}
+    torch.manual_seed(5)
+    expected = generated(kit, twice, "b", options)
+    torch.manual_seed(5)
+    assert torch.equal(generated(kit, given, ak.Parallel("b", ak.Stack("b")), options), expected)
+    torch.manual_seed(5)
+    assert torch.equal(generated(kit, twice, ak.Route("a", "b"), options, rows=[1] * 6), expected)
+
+
+@rows
+def test_plain_generate_is_refused_where_it_would_be_wrong(row: str) -> None:
+    model, kit, given = scene(row)
+    with kit.using(ak.Parallel("a", "b")), torch.no_grad():
+        code = "cached-parallel" if row in ("llama", "gpt2") else "not-entered"
+        assert "kit.generate" in str(
+            refused(CompositionError, code, model.generate, **given, max_new_tokens=2)
+        )
+    with kit.using(ak.Route("a", "b"), rows=[0, 1, 0]), torch.no_grad():
+        found = model.generate(**given, max_new_tokens=NEW, min_new_tokens=NEW, **GREEDY)
+        assert torch.equal(found, kit.generate(**given, max_new_tokens=NEW, min_new_tokens=NEW, **GREEDY))
+        error = refused(
+            CompositionError, "batch-mismatch", model.generate, **given, max_new_tokens=2, **BEAMS
+        )
+    assert row not in ("llama", "gpt2") or "kit.generate" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------ Trainer
+
+
+def examples(row: str, column: str) -> list[dict[str, Any]]:
+    given = tiny.inputs(row, "BertForSequenceClassification", batch=8, labels=True)
+    return [
+        {**{key: value[i] for key, value in given.items()}, column: i % 3 - (column == "adapter_rows")}
+        for i in range(8)
+    ]
+
+
+@pytest.mark.parametrize("column", ["adapter_rows", "task_ids"])
+def test_a_stock_trainer_gives_the_rows_as_a_column(column: str, tmp_path: Path) -> None:
+    model = tiny.build("bert", "BertForSequenceClassification")
+    for seed, name in enumerate("abc"):
+        kit = attach(model, "lora[r=4]", name, seed=seed, activate=False)
+    kit.activate(ak.Route("a", "b") if column == "adapter_rows" else ak.MultiTask("a", "b", "c"))
+    before = {name: [p.clone() for p in kit[name].parameters()] for name in "abc"}
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True}
+    arguments = TrainingArguments(
+        str(tmp_path), remove_unused_columns=False, learning_rate=0.05, disable_tqdm=True, **settings
+    )
+    trainer = Trainer(
+        model, arguments, train_dataset=examples("bert", column), eval_dataset=examples("bert", column)
+    )
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < start
+    changed = {
+        name: any(
+            not torch.equal(old, new) for old, new in zip(before[name], kit[name].parameters(), strict=True)
+        )
+        for name in "abc"
+    }
+    assert changed == {"a": True, "b": True, "c": column == "task_ids"}
+
+
+def test_the_column_is_what_using_says() -> None:
+    model = tiny.build("bert")
+    for seed, name in enumerate("ab"):
+        kit = attach(model, "lora[r=4]", name, seed=seed, activate=False)
+    given = tiny.inputs("bert", batch=3)
+    kit.activate(ak.Route("a", "b"))
+    with torch.no_grad():
+        found = tiny.output(model(**given, adapter_rows=torch.tensor([1, -1, 0])))
+        refused(CompositionError, "unknown-row", model, **given, adapter_rows=torch.tensor([2, 0, 0]))
+        refused(CompositionError, "batch-mismatch", model, **given, adapter_rows=torch.tensor([0, 0]))
+        refused(CompositionError, "unknown-row", model, **given, adapter_rows=["a", "b", "a"])
+        with kit.using(ak.Route("a", "b"), rows=["b", None, "a"]):
+            assert torch.equal(tiny.output(model(**given)), found)
+        for setup in ("a", ak.Parallel("a", "b"), None):
+            kit.activate(setup)
+            refused(CompositionError, "no-rows", model, **given, adapter_rows=torch.tensor([1, 0, 0]))
