@@ -10,6 +10,7 @@ from adapterkit.author.layers import BranchFacts, LayerFacts
 from adapterkit.author.seen import Block, BranchSeen, Seen, blocks
 from adapterkit.model import linear
 from adapterkit.model.blueprint import Slot
+from adapterkit.spec.vocabulary import ROLES
 
 
 def layers(seen: Seen) -> None:
@@ -90,7 +91,7 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
             continue
         kinds = ", ".join(branch.kind for branch in facts.branches) or "none"
         seen.refute(block.loc, text, f"branches in {facts.call.path}: {kinds}")
-    named = {slot.path for block in said for slot in block.slots.values()}
+    named = {s.path for block in said for name, s in block.slots.items() if name not in (*ROLES, "fused")}
     for branch in left:
         end = branch.projection
         if end is not None and (end.path in named or _convolves(seen, end.path)):

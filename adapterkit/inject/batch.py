@@ -38,7 +38,9 @@ class Inputs:
 
     def examples(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
         """Name of each main input that is given -> its number of examples."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given: dict[str, Any] = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        for value in [value for value in given.values() if isinstance(value, Mapping)]:
+            given = {**value, **given}  # a map of features
         found = {name: given[name] for name in self.mains if isinstance(given.get(name), torch.Tensor)}
         if not found:
             found = {
@@ -110,6 +112,9 @@ def enter(
         raise CompositionError(Problem("cached-parallel", message, expected=expected))
     found = inputs.examples(args, kwargs)
     prepare(model, batch, found, flow, rows, tasks)
+    if batch.copies > 1 and not found:
+        message = "no argument shows how many examples there are, so that Parallel cannot repeat them"
+        raise CompositionError(Problem("batch-mismatch", message, expected="a tensor with a row for each"))
     flow[lanes.ENTERED] = True
     if batch.copies > 1:
         args, kwargs = inputs.repeated(args, kwargs, batch.copies)

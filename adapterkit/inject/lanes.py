@@ -214,6 +214,9 @@ def _joined(cut: Cut, parts: Sequence[Any]) -> Any:
     if type(real[0]) is tuple:
         columns = ([None if part is None else part[i] for part in parts] for i in range(len(real[0])))
         return tuple(_joined(cut, column) for column in columns)
+    if isinstance(real[0], Mapping):
+        named = {key: _joined(cut, [None if p is None else p[key] for p in parts]) for key in real[0]}
+        return type(real[0])(**named) if hasattr(real[0], "to_tuple") else named
     if real[0] is None or all(part is real[0] for part in real):
         return real[0]
     message = f"heads that give {type(real[0]).__name__} cannot act on parts of a batch"

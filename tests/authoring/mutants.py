@@ -186,7 +186,7 @@ def _said_otherwise(data: Data, loc: Loc, value: Data) -> Iterator[Mutant]:
         others = [f"{value}s"]
     elif word == "config":
         others = ["text_config", "vision_config", "encoder"]
-    elif word == "source":
+    elif "source" in loc and isinstance(value, str):
         others = [value.replace(".py", "_.py")]
     elif word == "model_type" and isinstance(value, str):
         others = [f"{value}_"]

@@ -174,7 +174,10 @@ def meaning(blueprint: Blueprint, scene: Scene) -> Any:
             reads["stack"] = own.get(reads["stack"], reads["stack"])
         address = own[address]
         stacks[address] = (info.path, info.num_layers, given, info.parallel, reads, info.by_default)
-        stacks[address] += (dict(info.kernels), dict(info.eager), dict(info.sizes), dict(info.head_dims))
+        stacks[address] += tuple(
+            {key.replace(info.address, "", 1): value for key, value in found.items()}
+            for found in (info.kernels, info.eager, info.sizes, info.head_dims)
+        )
     heads = sorted(head.path for head in blueprint.heads)
     poolers = sorted(head.path for head in blueprint.poolers)
     return slots, places, stacks, heads, poolers, dict(blueprint.unsupported)
