@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-TRANSFORMERS_TESTED = ("5.5.0", "5.23.0")
+TRANSFORMERS_TESTED = ("5.5.0", "5.24.0")
 """Both ends of the range of transformers that the tests run on."""
 
 
