@@ -249,6 +249,7 @@ INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {
 
 NOT_TRIED: dict[str, str] = {
     "gemma4_text": "its config refuses to be read as a whole, so that it cannot be made small",
+    "qwen2_vl_vision": "its class is not public",
     **dict.fromkeys(
         ("speech-encoder-decoder", "vision-encoder-decoder"), "its config needs those of two models"
     ),
