@@ -21,12 +21,20 @@ def run(as_json: bool) -> None:
     if as_json:
         report.as_json({"interfaces": rows})
         return
-    cells = [(row["name"], ", ".join(row["model_types"]) or "-", _summary(row["methods"])) for row in rows]
-    report.table(("interface", "model types", "methods"), cells)
+    cells = [
+        (
+            row["name"],
+            ", ".join(row["model_types"]) or "-",
+            _summary(row["methods"]),
+            "yes" if row["parallel"] is None else "no",
+        )
+        for row in rows
+    ]
+    report.table(("interface", "model types", "methods", "Parallel"), cells)
     print(f"\nmethods: {', '.join(ready())}")
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        for method, why in row["methods"].items():
+        for method, why in (*row["methods"].items(), ("Parallel", row["parallel"])):
             if why is not None:
                 reasons.setdefault((row["name"], why), []).append(method)
     for (name, why), methods in reasons.items():
@@ -57,13 +65,20 @@ def _row(entry: registry.Entry) -> dict[str, Any]:
         interface = registry.load(entry.path)
     except SpecError as error:
         why = f"{entry.path} has {len(error.problems)} problems: see `adapterkit check`"
-        return {**row, "model_types": [], "methods": dict.fromkeys(ready(), why)}
+        return {**row, "model_types": [], "methods": dict.fromkeys(ready(), why), "parallel": why}
     methods = {name: _unsupported(interface, name, config) for name, config in ready().items()}
-    return {**row, "model_types": list(interface.model_type or ()), "methods": methods}
+    types = list(interface.model_type or ())
+    return {**row, "model_types": types, "methods": methods, "parallel": no_parallel(interface)}
 
 
 def _unsupported(interface: Interface, name: str, config: MethodConfig) -> str | None:
     return interface.unsupported.get(name) or refusal(interface, config)
+
+
+def no_parallel(interface: Interface) -> str | None:
+    """Why a family cannot have several adapters in one batch, None if it can."""
+    odd = [name for name, stack in interface.stacks.items() if stack.batch not in (None, "first")]
+    return f"the stream of {listing(odd)} has no row for each example" if odd else None
 
 
 def refusal(interface: Interface, config: MethodConfig) -> str | None:

@@ -6,6 +6,7 @@
 ```{presets} bottleneck        names that stand for a method with options of their own
 ```{families}                   shipped interfaces and their model types
 ```{matrix}                     families x methods, as `adapterkit list` knows them
+```{blocks}                     methods x blocks of a setup, as `kit.activate` knows them
 """
 
 from __future__ import annotations
@@ -19,8 +20,21 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from transformers import AutoConfig, AutoModel
 
-from adapterkit.cli.families import refusal
+from adapterkit.api import attach
+from adapterkit.cli.families import no_parallel, refusal
+from adapterkit.composition import (
+    Average,
+    BatchSplit,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Route,
+    Split,
+    Stack,
+)
+from adapterkit.errors import AdapterkitError
 from adapterkit.methods.names import LEGACY, METHODS, PRESETS, parse
 from adapterkit.spec import registry, vocabulary
 from adapterkit.spec.schema import Interface, Layers, Path, Unembed
@@ -193,10 +207,54 @@ def matrix() -> str:
     for name in filter(registry.is_shipped, registry.interfaces()):
         interface = registry.by_name(name)
         whys = (refusal(interface, config) for config in configs.values())
-        cells = ["✓" if why is None else f"({reasons.setdefault(why, len(reasons) + 1)})" for why in whys]
+        cells = [
+            "✓" if why is None else f"({reasons.setdefault(why, len(reasons) + 1)})"
+            for why in (*whys, no_parallel(interface))
+        ]
         rows.append((f"`{name}`", *cells))
     notes = [f"({number}) {why}" for why, number in reasons.items()]
-    return "\n\n".join([table(("family", *configs), iter(rows)), *notes])
+    return "\n\n".join([table(("family", *configs, "Parallel"), iter(rows)), *notes])
+
+
+BLOCKS: dict[str, Any] = {
+    "Stack": lambda kit: Stack("a", "b"),
+    "Fuse": lambda kit: kit.fuse("a", "b", name="f") and Fuse("a", "b", name="f"),
+    "Parallel": lambda kit: Parallel("a", "b"),
+    "BatchSplit": lambda kit: BatchSplit("a", "b", batch_sizes=1),
+    "Route": lambda kit: Route("a", "b"),
+    "MultiTask": lambda kit: MultiTask("a", "b"),
+    "Split": lambda kit: Split("a", "b", splits=1),
+    "Average": lambda kit: Average("a", "b"),
+}
+
+
+def blocks() -> str:
+    """Methods x blocks: a tick, or the code of the error."""
+    rows = []
+    for column, method in COLUMNS.items():
+        if column == "fusion":
+            continue
+        config = AutoConfig.for_model(
+            "bert",
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            vocab_size=50,
+        )
+        model = AutoModel.from_config(config)
+        options = {"method": method, **({"reduction_factor": 2} if method == "compacter" else {})}
+        for name in "ab":
+            kit = attach(model, options, name=name)
+        cells = []
+        for make in BLOCKS.values():
+            try:
+                kit.activate(make(kit))
+                cells.append("✓")
+            except AdapterkitError as error:
+                cells.append(f"[{error.code}](errors.md#{error.code})")
+        rows.append((column, *cells))
+    return table(("method", *BLOCKS), iter(rows))
 
 
 class Generated(SphinxDirective):
@@ -216,6 +274,7 @@ MAKERS: dict[str, Any] = {
     "presets": presets,
     "families": families,
     "matrix": matrix,
+    "blocks": blocks,
 }
 
 

@@ -18,6 +18,7 @@ from adapterkit.spec import jsonschema, registry
 from adapterkit.versions import __version__
 from tests.cli.conftest import Ran
 from tests.models import tiny
+from tests.models.rows import ROWS
 
 Run = Callable[..., Ran]
 LORA_FAMILY = {"lora", "ia3", "vera", "dora", "dvora", "mtl_lora"}
@@ -63,10 +64,11 @@ def test_list_is_derived_from_the_specs(run: Run) -> None:
     rows = {row["name"]: row for row in json.loads(found.out)["interfaces"]}
     assert set(rows) == {path.stem for path in registry.shipped_directory().glob("*.yaml")}
     assert all(set(row["methods"]) >= LORA_FAMILY for row in rows.values())
+    assert all(rows[name]["parallel"] is None for name in ROWS if name in rows)
     assert rows["clip"]["model_types"] == ["clip", "clip_text_model", "clip_vision_model"]
     lines = run("list").out.splitlines()
-    assert lines[0].split() == ["interface", "model", "types", "methods"]
-    assert re.match(r"bert +bert +all$", next(line for line in lines if line.startswith("bert ")))
+    assert lines[0].split() == ["interface", "model", "types", "methods", "Parallel"]
+    assert re.match(r"bert +bert +all +yes$", next(line for line in lines if line.startswith("bert ")))
     named = next(line for line in lines if line.startswith("methods: "))
     assert set(named.removeprefix("methods: ").split(", ")) == set(rows["bert"]["methods"])
 
