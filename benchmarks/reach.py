@@ -67,8 +67,18 @@ def reach(model_type: str, methods: bool = True) -> Record:
     return record
 
 
-NINE = ("lora", "bottleneck", "compacter", "prefix_tuning", "prompt_tuning", "reft", "invertible", "fusion")
-"""With `parallel`, the columns of the usual table of methods."""
+NINE = (
+    "lora",
+    "bottleneck",
+    "compacter",
+    "prefix_tuning",
+    "prompt_tuning",
+    "reft",
+    "invertible",
+    "fusion",
+    "parallel",
+)
+"""The columns of the usual table of methods."""
 
 
 def columns(found: Any) -> dict[str, str]:
@@ -79,64 +89,8 @@ def columns(found: Any) -> dict[str, str]:
 
     scene = Scene(type(found.model).__name__, found.model, found.inputs)
     blueprint = resolve(found.model, found.interface)
-    verdicts = [prove_method(name, found.interface, scene, blueprint) for name in NINE]
-    shown = {one.method: "" if one.state == "proved" else f"{one.state}: {one.reason}" for one in verdicts}
-    return shown | {"parallel": parallel(found)}
-
-
-def parallel(found: Any) -> str:
-    """Two adapters at once give what each gives alone, one after the other along the batch."""
-    import copy
-
-    import torch
-
-    import adapterkit as ak
-    from adapterkit.author.prove import randomise
-    from adapterkit.liveness import outputs
-
-    model = copy.deepcopy(found.model)
-
-    def run() -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [out.clone() for out in outputs(model(**copy.deepcopy(dict(found.inputs))))]
-
-    try:
-        before = run()
-        for name in "ab":
-            config = {"method": "seq_bn", "reduction_factor": 4}
-            kit = ak.attach(model, config, name=name, interface=found.interface, seed=ord(name))
-        randomise(kit)
-        alone = []
-        for name in "ab":
-            with kit.using(name):
-                alone.append(run())
-        with kit.using(ak.Parallel("a", "b")):
-            both = run()
-        kit.detach()
-        after = run()
-    except Exception as error:  # a model may raise anything
-        return f"{type(error).__name__}: {str(error)[:300]}"
-    wrong = [tuple(out.shape) for out, *one in zip(both, *alone, strict=True) if not _joined(out, one)]
-    if not all(map(torch.equal, before, after)):
-        return "detached, outputs are not as before"
-    return f"outputs are not those of the two alone: {wrong}" if wrong else ""
-
-
-def _joined(out: Any, parts: list[Any]) -> bool:
-    """Whether an output holds those of the adapters in their order.
-
-    One that compares all examples with each other holds them in blocks along its diagonal.
-    """
-    import torch
-
-    rows = len(parts[0])
-    if out.shape == parts[0].shape:
-        return True  # it has no batch
-    if out.ndim == 2 and out.shape[0] == out.shape[1] == 2 * rows:
-        blocks = [out[:rows, :rows], out[rows:, rows:]]
-        return all(torch.allclose(b, p, atol=1e-4, rtol=1e-3) for b, p in zip(blocks, parts, strict=True))
-    whole = torch.cat(parts)
-    return out.shape == whole.shape and torch.allclose(out, whole, atol=1e-4, rtol=1e-3)
+    verdicts = (prove_method(name, found.interface, scene, blueprint) for name in NINE)
+    return {one.method: "" if one.state == "proved" else f"{one.state}: {one.reason}" for one in verdicts}
 
 
 # ------------------------------------------------------------------------------------------------ processes

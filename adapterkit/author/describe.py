@@ -353,6 +353,7 @@ class Describer:
         behind = graph.closure([branch.operand], lambda v: v in entered)
         inside = (call for call in graph.calls[facts.call.index + 1 :] if call.start < facts.call.end)
         linears = [c for c in inside if c.is_leaf and c.gives in behind and self.scene.is_linear(c.path)]
+        linears = [c for c in linears if len(c.outputs) == 1]  # a router that gives more is no linear map
         # a gate with one output cannot have an update of low rank
         return [c for c in linears if min(linear.shape(self.scene.modules[c.path]) or (0,)) > 1]
 

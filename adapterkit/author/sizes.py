@@ -9,6 +9,7 @@ from adapterkit.model import linear
 from adapterkit.model.bind import usual_heads
 
 if TYPE_CHECKING:
+    from adapterkit.author.attention import Attention
     from adapterkit.author.columns import Column
     from adapterkit.author.describe import Describer, Words
 
@@ -34,9 +35,10 @@ def missing_sizes(
             wanted["kv_heads"] = min(max((size[0] // wide - wanted["heads"]) // 2, 1), wanted["heads"])
     core = scene.modules[event.core.path]
     shown = dict(zip(("heads", "kv_heads"), usual_heads(column.config, core), strict=True))
+    found = _widths(column, event, facts, words, core, wanted["kv_heads"])
     if shown == wanted:
-        return {}
-    found: Words = {}
+        return found
+    widths = dict(found)
     for word, count in wanted.items():
         name = _named(column, core, word, count)
         if name is not None:
@@ -44,7 +46,31 @@ def missing_sizes(
         elif not _fits(shown[word], rows["q" if word == "heads" else "k"]):
             text = f"{word}: {count} here, which no field shows"
             column.notes.gap((*column.loc, branch.kind, "sizes"), text)
-    return found if any(found.get(word) and shown[word] != wanted[word] for word in wanted) else {}
+    return found if any(found.get(word) and shown[word] != wanted[word] for word in wanted) else widths
+
+
+def _widths(
+    column: Column, event: Attention, facts: LayerFacts, words: Words, core: Any, kv_heads: int
+) -> Words:
+    """Widths of a head of keys and values, where the rows of k and v do not show them: keys of two parts."""
+    graph = column.scene.graph
+    if event.kind != "function" or "k" not in words.get("fused", {}).get("order", ()):
+        return {}
+    size = linear.shape(column.scene.modules[f"{facts.call.path}.{words['fused']['path']}"])
+    key, value = (graph.nodes[at].shape[-1] for at in (event.key, event.value))
+    if size is None or key == value or len(words["fused"]["order"]) != 2:
+        return {}
+    found: Words = {}
+    for word, wide in (("head_dim", key), ("value_dim", value)):
+        name = next((n for n in _fields(column, core) if "head_dim" in n[0] and n[1] == wide), None)
+        if name is None:
+            return {}
+        found[word] = name[0]
+    return found
+
+
+def _fields(column: Column, core: Any) -> list[tuple[str, Any]]:
+    return [item for holder in (core, column.config) if holder is not None for item in vars(holder).items()]
 
 
 def _fits(shown: int | None, rows: int | None) -> bool:
