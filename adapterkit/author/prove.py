@@ -193,8 +193,9 @@ def _attached(column: Column, interface: Interface, model: nn.Module, blueprint:
         # what is called with something that has no row for each example cannot be asked for several
         apart = {slot.role for slot in blueprint if slot.batch == "none"} | {"fused"}
         config["targets"] = [role for role in blueprint.roles() if role not in apart]
+    whole = column.joined != "Parallel"  # some layers lack a role that others have
     for child in CHILDREN:
-        kit = api.attach(model, config, name=child, interface=interface, seed=0)
+        kit = api.attach(model, config, name=child, interface=interface, seed=0, strict=whole)
     if column.joined == "Fuse":
         return kit.fuse(*CHILDREN, name="proof")
     kit.activate(Parallel(*CHILDREN))
