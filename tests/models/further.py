@@ -251,7 +251,8 @@ NOT_TRIED: dict[str, str] = {
     "gemma4_text": "its config refuses to be read as a whole, so that it cannot be made small",
     "qwen2_vl_vision": "its class is not public",
     **dict.fromkeys(
-        ("speech-encoder-decoder", "vision-encoder-decoder"), "its config needs those of two models"
+        ("speech-encoder-decoder", "vision-encoder-decoder", "vision-text-dual-encoder"),
+        "its config needs those of two models",
     ),
 }
 OTHER_CLASSES = {"JevForDecision"}  # of another family
