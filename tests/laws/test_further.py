@@ -20,6 +20,9 @@ from tests.laws.matrix import randomise
 from tests.models import further
 from tests.oracles import residual
 
+# an old version of one source file is scripted when it is imported
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 METHODS = (
     "lora[targets=all, r=4]",
     "ia3",

@@ -8,6 +8,9 @@ import torch
 from adapterkit.model.resolve import resolve
 from tests.models import further
 
+# an old version of one source file is scripted when it is imported
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 KINDS = ("CausalLM", "MaskedLM", "ConditionalGeneration", "LMHeadModel")
 BEHIND = {  # classes whose head is no module, or which have one beside a vocabulary
     "BlipForQuestionAnswering",
