@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,16 @@ def test_alpha_scales_all_rows_of_a_fused_matrix(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- and back again
 
 
-@pytest.mark.parametrize("case", [case for case in cases(COMPACT, ALONE) if not refusal(case)], ids=str)
+def selecting() -> list[Any]:
+    """Recorded adapters; of the family that has all methods, in the full run alone."""
+    found = [case for case in cases(COMPACT, ALONE) if not refusal(case)]
+    return [
+        pytest.param(case, id=str(case), marks=pytest.mark.full if case.family == "bert" else ())
+        for case in found
+    ]
+
+
+@pytest.mark.parametrize("case", selecting())
 def test_the_config_selects_what_the_file_adapts(case: Case, tmp_path: Path) -> None:
     kit = ak.load(base(case, "eager"), edited(case, tmp_path), head=False)
     assert kit.plan(kit["a"].config, head=False).slots == kit["a"].plan.slots
