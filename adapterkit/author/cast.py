@@ -36,7 +36,7 @@ def cast(interface: Interface, model: Any = None, inputs: Mapping[str, Any] | No
         if not interface.model_type:
             message = "the interface names no model type that a model could be built of"
             raise ConfigError(Problem("no-such-model", message, expected="a model: model=... or --model"))
-        return [scene for kind in interface.model_type for scene in _of_type(interface, kind)]
+        return _of_types(interface)
     if isinstance(model, nn.Module) and inputs is not None:
         return [Scene(type(model).__name__, model, dict(inputs))]
     if callable(model) and not isinstance(model, nn.Module):
@@ -44,6 +44,20 @@ def cast(interface: Interface, model: Any = None, inputs: Mapping[str, Any] | No
         found = made if isinstance(made, tuple) else (made, None)
         return cast(interface, found[0], found[1]) if found[1] is not None else [_built(found[0])]
     return [_built(model)]
+
+
+def _of_types(interface: Interface) -> list[Scene]:
+    """Scenes of every model type that can be built; ConfigError if none can."""
+    scenes: list[Scene] = []
+    refused: ConfigError | None = None
+    for kind in interface.model_type or ():
+        try:
+            scenes += _of_type(interface, kind)
+        except ConfigError as error:
+            refused = refused or error
+    if not scenes and refused is not None:
+        raise refused
+    return scenes
 
 
 def _built(source: Any) -> Scene:

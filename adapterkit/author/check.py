@@ -90,6 +90,8 @@ def check(
     interface = registry.load(spec)
     scenes = cast(interface, model, inputs)
     found = observe_claims(interface, scenes)
+    if model is None:
+        found = replace(found, claims=(*_unbuilt(interface, scenes), *found.claims))
     wanted = None if methods is None else tuple(methods)
     if found.problems or wanted == ():
         return found
@@ -97,6 +99,14 @@ def check(
     mark = interface.mark(())
     broken = [v.problem(mark.file if mark else "") for v in verdicts if v.state == "broken"]
     return replace(found, methods=verdicts, problems=tuple(broken))
+
+
+def _unbuilt(interface: Interface, scenes: Sequence[Scene]) -> Iterator[Claim]:
+    """Model types that no tiny model could be built of."""
+    built = {getattr(getattr(scene.model, "config", None), "model_type", None) for scene in scenes}
+    for kind in interface.model_type or ():
+        if kind not in built:
+            yield Claim("unseen", "model_type", f"model_type: {kind}, of which no tiny model could be built")
 
 
 def look(blueprint: Blueprint, scene: Scene, book: Book) -> Iterator[Book]:

@@ -246,7 +246,7 @@ def _aligned(trial: _Trial, takes: set[str]) -> None:
     for name in names.aligned:
         if name not in takes:
             text = f"inputs.aligned: the entry takes {name!r}"
-            seen.refute(trial.loc("aligned"), text, "it has no such argument", aspect=name)
+            seen.unseen(trial.loc("aligned"), text, aspect=name)  # a class of another type may take it
 
 
 def _enters(trial: _Trial, before: Observation | None, after: Observation | None) -> bool | None:
@@ -264,7 +264,8 @@ def _read_mask(trial: _Trial, takes: set[str]) -> None:
     loc = (*seen.loc, "reads", "mask")
     if reads.mask is None:
         text, usual = "reads.mask: the entry takes none", "encoder_attention_mask"
-        seen.judge(usual not in takes, loc, text, f"it takes {usual!r}")
+        used = usual in takes and bool(_hides_states(trial, reads.states, usual))
+        seen.judge(not used, loc, text, f"it takes {usual!r}")
         return
     text = f"reads.mask: {reads.mask!r} hides states from cross-attention"
     if "mask" not in reads.model_fields_set and reads.mask not in takes:
@@ -272,17 +273,18 @@ def _read_mask(trial: _Trial, takes: set[str]) -> None:
     if reads.mask not in takes:
         seen.judge(False, loc, text, "the entry has no such argument")
         return
-    states = trial.given(reads.states)
-    if states is None or states.ndim != 3:
-        seen.unseen(loc, text)
-        return
-    full = torch.ones(states.shape[:2], dtype=torch.long)
-    hidden = full.clone()
-    hidden[:, states.shape[1] // 2] = 0
-    name = reads.mask
-    before, after = trial.run({name: full}), trial.run({name: hidden})
-    found = trial.steers(before, after, words="o")
-    if found:
+    if _hides_states(trial, reads.states, reads.mask):
         seen.judge(True, loc, text, "")
     else:  # there are versions of models that do not heed it
         seen.unseen(loc, text)
+
+
+def _hides_states(trial: _Trial, states: str, mask: str) -> bool | None:
+    """Whether attention differs if an argument hides one of the states that are read."""
+    given = trial.given(states)
+    if given is None or given.ndim != 3:
+        return None
+    full = torch.ones(given.shape[:2], dtype=torch.long)
+    hidden = full.clone()
+    hidden[:, given.shape[1] // 2] = 0
+    return trial.steers(trial.run({mask: full}), trial.run({mask: hidden}), words="o")

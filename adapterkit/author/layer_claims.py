@@ -77,8 +77,10 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
         if "core" in block.lacks and block.path("out") is not None:
             left = _mixer(seen, block, facts, left)
             continue
-        found = [branch for branch in left if branch.kind == block.word]
         ends = {block.path("o"), block.path("down"), block.path("out")} - {None}
+        # mixers that compute no attention have no core
+        mixes = block.word == "attention" and "core" not in block.places
+        found = [b for b in left if b.kind == block.word or (mixes and _ends(b) & ends)]
         right = [b for b in found if _ends(b) & ends] or found
         if right:
             left.remove(right[0])
@@ -193,6 +195,8 @@ def _judge(branch: BranchSeen) -> None:
 
 def _attention(branch: BranchSeen) -> None:
     block, facts = branch.block, branch.facts
+    if not facts.events:
+        return
     event = facts.events[-1]
     core = block.path("core")
     text = f"core: attention is computed in {branch.rel(core)}"
@@ -318,4 +322,7 @@ def _called(branch: BranchSeen) -> None:
             continue
         calls = branch.seen.graph.calls_of(slot.path, branch.layer)
         text = f"extra.{name}: {branch.rel(slot.path)} is called in the layer"
-        branch.judge(bool(calls), f"extra.{name}", text, "it is not")
+        if calls:
+            branch.judge(True, f"extra.{name}", text, "")
+        else:  # there may be inputs for which it is
+            branch.seen.unseen(branch.block.at(f"extra.{name}"), text)

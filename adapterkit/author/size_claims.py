@@ -44,7 +44,8 @@ def _heads(seen: Seen, block: Block, facts: BranchFacts) -> None:
     observed = {"heads": heads_seen, "head_dim": width}
     key = graph.nodes[event.key].shape
     slot = block.slots.get("k")
-    if slot is not None and slot.shape is not None and slot.shape[0] % key[-1] == 0:
+    alone = len({one.path for one in event.k}) == 1
+    if alone and slot is not None and slot.shape is not None and slot.shape[0] % key[-1] == 0:
         observed["kv_heads"] = slot.shape[0] // key[-1]
     address = next((place.sublayer_address for place in block.places.values()), block.word)
     heads, kv_heads = seen.info.sizes.get(address, (None, None))
@@ -89,7 +90,10 @@ def _fused(seen: Seen, scene: Scene, block: Block, call: Call) -> None:
             for name, value in parts.items()
             if _differs(seen.observation, changed, value, call, whole=False)
         }
-        whole = role in parts and _differs(seen.observation, changed, parts[role], call, whole=True)
+        whole = role in parts and (
+            _is_joined(seen, block, call, role)
+            or _differs(seen.observation, changed, parts[role], call, whole=True)
+        )
         text = f"fused.layout: the rows of {role} in {host.path.rpartition('.')[2]} ({_order(block)})"
         loc = (*block.loc, "fused", "order")
         if not parts:
@@ -102,6 +106,14 @@ def _fused(seen: Seen, scene: Scene, block: Block, call: Call) -> None:
             else f"they are but a part of {role}"
         )
         seen.judge(moved == {role} and whole, loc, text, observed, aspect=role)
+
+
+def _is_joined(seen: Seen, block: Block, call: Call, role: str) -> bool:
+    """Whether another projection gives a part of the role, so that its rows here are but some of it."""
+    facts = next((b for b in seen.observation.layer(call).branches if _is_that(block, b)), None)
+    if facts is None or block.word == "mlp":
+        return False
+    return len({one.path for one in getattr(facts.events[-1], role)}) > 1
 
 
 def _order(block: Block) -> str:
@@ -170,7 +182,9 @@ def _axis(seen: Seen, scene: Scene, other: Observation, slot: Slot, loc: tuple[s
             return
         before, after = seen.graph.nodes[call.given].shape, other.graph.nodes[less.given].shape
         different = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
-        axes.add(different[0] if different else None)
+        axis = different[0] if different else None
+        # on the second axis more than a row for each example is what was packed together
+        axes.add(None if axis == 1 and before[1] != scene.rows else axis)
     if not axes:
         return
     observed = "none" if axes - {0, 1} or len(axes) > 1 else "second" if axes == {1} else "first"

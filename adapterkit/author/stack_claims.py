@@ -90,7 +90,8 @@ def _widths(seen: Seen, around: StackFacts) -> None:
     after = max((call.end for call in seen.graph.calls_of(out.path)), default=0)
     text = "extra: a linear map between embeddings and layers is named"
     for call in around.arriving:
-        if call.is_leaf and call.gives in seen.graph.projections and call.start >= after:
+        own = not seen.info.path or _is_below(call.path, seen.info.path)
+        if own and call.is_leaf and call.gives in seen.graph.projections and call.start >= after:
             is_linear = linear.shape(seen.module(call.path)) is not None
             if is_linear:
                 seen.judge(call.path in known, (*seen.loc, "extra"), text, f"{call.path} is not")
