@@ -182,15 +182,13 @@ def _axis(seen: Seen, scene: Scene, other: Observation, slot: Slot, loc: tuple[s
             return
         before, after = seen.graph.nodes[call.given].shape, other.graph.nodes[less.given].shape
         different = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
-        axis = different[0] if different else None
-        # on the second axis more than a row for each example is what was packed together
-        axes.add(None if axis == 1 and before[1] != scene.rows else axis)
+        axes.add(different[0] if different else None)
     if not axes:
         return
     observed = "none" if axes - {0, 1} or len(axes) > 1 else "second" if axes == {1} else "first"
     what = "a layer" if slot.role == "layer" else slot.path.rpartition(".")[2]
     text = f"batch: {slot.batch}, in what {what} is called with"
-    if slot.batch == "none" and observed == "first":  # there may be configs under which it is none
+    if slot.batch == "none" and observed != "none":  # there may be configs under which it is none
         seen.unseen((*loc, "batch"), text)
     else:
         seen.judge(slot.batch == observed, (*loc, "batch"), text, f"it is {observed}")
