@@ -179,7 +179,7 @@ def moved(kit: ak.Kit) -> ak.Kit:
     """In place, as a hot swap or an average of weights over time would do it."""
     with torch.no_grad():
         for tensor in kit["b"].parameters():
-            tensor.data.mul_(0.7)
+            tensor.mul_(0.7)
     return kit
 
 
