@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from adapterkit.author import masks
 from adapterkit.author.describe import Describer, Notes, Scene, Words, arguments
 from adapterkit.author.graph import Call
 from adapterkit.author.layers import LayerFacts
@@ -158,9 +160,60 @@ class Column:
         found: Words = {word: None for word, name in usual.items() if name not in taken}
         ids = self._ids(entry) if "ids" in found else None
         if ids is not None:
-            return found | {"ids": ids}
+            found["ids"] = ids
+        if "mask" in found and found.get("ids", "") is not None:
+            found |= self._mask(module, ids or str(usual["ids"]))
+        if ids is not None:
+            return found
         aligned = [name for name in _ALIGNED if name in taken]
         return found | ({"aligned": aligned} if aligned else {})
+
+    def _mask(self, module: nn.Module, ids: str) -> Words:
+        """The argument that hides tokens, by trial."""
+        tokens = self._given(module).get(ids)
+        other = masks.edited(tokens) if tokens is not None and tokens.ndim == 2 else None
+        if tokens is None or other is None:
+            return {}
+        shape = (int(tokens.shape[0]), int(tokens.shape[1]))
+        return self._hiding(module, shape, ({ids: tokens}, {ids: other}), masks.beside)
+
+    def _read_mask(self, module: nn.Module, states: str) -> Words:
+        """The argument that hides states of the other stack, by trial."""
+        read = self._given(module).get(states)
+        if read is None or read.ndim != 3:
+            return {}
+        shape = (int(read.shape[0]), int(read.shape[1]))
+        return self._hiding(module, shape, ({states: read}, {states: masks.moved(read)}), lambda made: made)
+
+    def _hiding(
+        self,
+        module: nn.Module,
+        shape: tuple[int, int],
+        edits: tuple[Words, Words],
+        part: masks.Part,
+    ) -> Words:
+        """Of the arguments with one value per token, and of those that were not given, the one that hides."""
+        given = self._given(module)
+        names = [name for name, value in given.items() if value.shape == shape and name not in edits[0]]
+        names += [name for name in masks.optional(module) if name not in given]
+        path = self.facts.layers[0].call.path
+
+        def run(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+            made = masks.made(self.scene.model, self.scene.inputs, module, arguments, path)
+            return None if made is None else part(made)
+
+        for name in names:
+            value = masks.visible(run, name, shape, masks.kinds_of(given.get(name)), edits)
+            if value is not None:
+                return {"mask": name} | ({} if value else {"mask_hides": True})
+        return {}
+
+    def _given(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors that the entry was called with, by argument."""
+        seen, first = self.scene.seen, self.facts.layers[0].call.start
+        calls = [c for path in self.scene.names[id(module)] for c in seen.graph.calls_of(path)]
+        calls = [call for call in calls if call.start <= first < call.end]
+        return {name: seen.tensors[value] for call in calls for name, value in call.arguments}
 
     def _reads(self, others: Iterable[Column]) -> Words:
         """The other stack whose states the cross-attention attends to."""
@@ -179,8 +232,9 @@ class Column:
         usual = "encoder_hidden_states"
         if given and usual not in given:
             found["states"] = given[0]
-        if "encoder_attention_mask" not in arguments(self.scene.modules[self.root]):
-            found["mask"] = None
+        root = self.scene.modules[self.root]
+        if "encoder_attention_mask" not in arguments(root):
+            found |= {"mask": None} | self._read_mask(root, given[0] if given else usual)
         return {"reads": found}
 
     # ------------------------------------------------------------------------------------------ layers
@@ -238,8 +292,11 @@ class Column:
             found["pooler"] = {"path": self.below(poolers[0].path), "optional": why}
         return found
 
-    def _following(self) -> list[Call]:
-        """Modules with weights behind the last layer that read its states, in order, outer ones first."""
+    def _following(self, *, anywhere: bool = False) -> list[Call]:
+        """Modules with weights behind the last layer that read its states, in order, outer ones first.
+
+        Args: anywhere: not below the root alone.
+        """
         graph, leaving = self.scene.graph, self.facts.leaving
         if leaving is None:
             return []
@@ -248,7 +305,7 @@ class Column:
         for call in graph.calls[self.facts.layers[-1].call.index + 1 :]:
             if call.start < self.facts.layers[-1].call.end or call.given not in near:
                 continue
-            below = self.below(call.path)
+            below = call.path if anywhere else self.below(call.path)
             weights = next(self.scene.modules[call.path].parameters(), None) is not None
             if below not in (None, ".") and (weights or _is_norm_elsewhere(call)):
                 found.append(call)
@@ -256,11 +313,16 @@ class Column:
                     near |= light_ahead(graph, call.gives)
         return found
 
-    def heads(self) -> list[str]:
-        """In a model that no config describes: what reads the states behind the stack, and is no norm."""
-        following = self._following()
+    def heads(self, others: Iterable[Column]) -> list[str]:
+        """In a model that no config describes: what reads the states behind the stack, and is no norm.
+
+        Args: others: stacks of the model; what reads the states within them is no head.
+        """
+        roots = tuple(f"{other.root}." for other in others if other is not self and other.root)
+        following = self._following(anywhere=True)
         found = [c.path for c in following if not self.scene.graph.is_norm(c) and not _is_norm_elsewhere(c)]
-        return [path for path in dict.fromkeys(found) if not any(path.startswith(f"{o}.") for o in found)]
+        found = [path for path in dict.fromkeys(found) if not f"{path}.".startswith(roots)]
+        return [path for path in found if not any(path.startswith(f"{o}.") for o in found)]
 
     def _pools(self, call: Call) -> bool:
         """Whether a module takes or makes one vector of all states."""

@@ -92,8 +92,8 @@ def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) 
     data = _head(model)
     data["stacks"] = {column.name: column.words(found) for column in found}
     if "model_type" not in data:
-        heads = [path for column in found for path in column.heads()]
-        data |= {"heads": heads} if heads else {}
+        heads = [path for column in found for path in column.heads(found)]
+        data |= {"heads": list(dict.fromkeys(heads))} if heads else {}
     _verify(model, data, notes)
     near = shortened(model, data) if like and not notes.gaps else None
     if near is not None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from adapterkit.author.graph import Call
+from adapterkit.author import mask_claims
 from adapterkit.author.observe import Observation
 from adapterkit.author.scene import Scene
 from adapterkit.author.seen import Seen
+from adapterkit.author.trial import Trial, token_shape
 from adapterkit.methods.flow import base_forward, entry_place
-from adapterkit.model.blueprint import Slot
 from adapterkit.spec.schema import Inputs
 
 _WORDS = ("ids", "embeds", "mask", "positions")
@@ -26,70 +26,23 @@ def inputs(seen: Seen, scene: Scene) -> None:
         return
     place = entry_place(seen.blueprint, seen.info.address)
     takes = set(inspect.signature(base_forward(place.module)).parameters)
-    trial = _Trial(seen, scene, place, entry)
+    trial = Trial(seen, scene, place, entry)
     for word in _WORDS:
         _named(trial, word, takes)
     names = seen.info.inputs
     if names.ids in takes:
         _ids(trial, str(names.ids))
     if names.mask in takes:
-        _mask(trial, str(names.mask))
+        mask_claims.mask(trial, str(names.mask))
     if names.positions in takes:
         _positions(trial, str(names.positions))
     if names.embeds in takes and names.ids in takes:
         _embeds(trial, str(names.ids), str(names.embeds))
     _aligned(trial, takes)
-    _read_mask(trial, takes)
+    mask_claims.read_mask(trial, takes)
 
 
-class _Trial:
-    """A stack whose entry can be called with other arguments."""
-
-    def __init__(self, seen: Seen, scene: Scene, place: Slot, entry: Call) -> None:
-        self.seen, self.scene, self.place, self.entry = seen, scene, place, entry
-        self.names = list(inspect.signature(base_forward(place.module)).parameters)[1:]
-
-    def loc(self, word: str) -> tuple[str | int, ...]:
-        return (*self.seen.loc, "inputs", word)
-
-    def given(self, name: str) -> torch.Tensor | None:
-        """The tensor that the entry was called with."""
-        value = self.entry.argument(name)
-        return None if value is None else self.seen.observation.tensors[value]
-
-    def run(self, other: Mapping[str, Any]) -> Observation | None:
-        """The same forward with other arguments of the entry, None if it does not run."""
-
-        def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return (), {**dict(zip(self.names, args, strict=False)), **kwargs, **other}
-
-        key = (self.place.path, *((name, _content(value)) for name, value in sorted(other.items())))
-        return self.scene.once(key, lambda: self.scene.observe(enter={self.place.module: enter}))
-
-    def steers(
-        self, before: Observation | None, after: Observation | None, *, words: str = "qkvo"
-    ) -> bool | None:
-        """Whether what enters the stack, or attention in it, differs; None if one did not run."""
-        if before is None or after is None:
-            return None
-        first, second = (self.marks(found, words) for found in (before, after))
-        if len(first) != len(second):
-            return True
-        return any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-    def marks(self, found: Observation, words: str) -> list[torch.Tensor]:
-        layers = [c for _, place, _ in self.seen.layers() for c in found.graph.calls_of(place.path)]
-        events = [e for e in found.attentions if any(c.start <= e.out < c.end for c in layers)]
-        picked = {"q": "query", "k": "key", "v": "value", "o": "out"}
-        marks = [found.tensors[getattr(event, picked[word])] for event in events for word in words]
-        return marks + [found.tensors[c.given] for c in layers[:1] if c.given is not None]
-
-
-def _content(value: Any) -> Any:
-    return (tuple(value.shape), value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value
-
-
-def _named(trial: _Trial, word: str, takes: set[str]) -> None:
+def _named(trial: Trial, word: str, takes: set[str]) -> None:
     """What is named is an argument of the entry. What is not said means the usual name, if there is one."""
     names = trial.seen.info.inputs
     said, usual = getattr(names, word), Inputs.model_fields[word].default
@@ -112,10 +65,12 @@ def _named(trial: _Trial, word: str, takes: set[str]) -> None:
     else:
         text = f"inputs.{word}: the entry takes none"
         used = usual in takes and (word not in _PROBES or bool(_PROBES[word](trial, usual)))
+        if word == "mask" and not used and mask_claims.is_elsewhere(trial, usual, text):
+            return
         trial.seen.judge(not used, trial.loc(word), text, f"{kind} takes {usual!r}", aspect="name")
 
 
-def _ids(trial: _Trial, name: str) -> None:
+def _ids(trial: Trial, name: str) -> None:
     seen, given = trial.seen, trial.entry.argument(name)
     text = f"inputs.ids: {name!r} holds the ids"
     table = seen.place("embeddings.table")
@@ -129,7 +84,7 @@ def _ids(trial: _Trial, name: str) -> None:
     seen.judge(right, trial.loc("ids"), text, f"{table.path} is not called with it")
 
 
-def _embeds(trial: _Trial, ids: str, name: str) -> None:
+def _embeds(trial: Trial, ids: str, name: str) -> None:
     """Given the table's output in place of ids, the stack does the same."""
     seen, table = trial.seen, trial.seen.place("embeddings.table")
     text = f"inputs.embeds: {name!r} takes what the table gives, in place of ids"
@@ -157,45 +112,7 @@ def _embeds(trial: _Trial, ids: str, name: str) -> None:
     seen.judge(close, trial.loc("embeds"), text, "its attention differs then")
 
 
-def _mask(trial: _Trial, name: str) -> None:
-    """Hiding a token changes attention."""
-    seen = trial.seen
-    text = f"inputs.mask: {name!r} hides tokens from attention"
-    found = _hides(trial, name)
-    if found is None:
-        seen.unseen(trial.loc("mask"), text)
-    else:
-        seen.judge(found, trial.loc("mask"), text, "hiding a token with it changes no attention")
-
-
-def _hides(trial: _Trial, name: str) -> bool | None:
-    """Whether attention differs if an argument hides a token, None if that cannot be seen."""
-    shape = _token_shape(trial)
-    given = trial.given(name)
-    if given is not None and given.ndim == 2:
-        shape = int(given.shape[0]), int(given.shape[1])
-    if shape is None:
-        return None
-    full = torch.ones(shape, dtype=torch.long)
-    hidden = full.clone()
-    hidden[:, shape[1] // 2] = 0
-    before, after = trial.run({name: full}), trial.run({name: hidden})
-    return trial.steers(before, after, words="o")
-
-
-def _token_shape(trial: _Trial) -> tuple[int, int] | None:
-    """(B, T) of the stack."""
-    names = trial.seen.info.inputs
-    for name in (names.ids, names.embeds):
-        given = trial.given(name) if name else None
-        if given is not None and given.ndim >= 2:
-            return int(given.shape[0]), int(given.shape[1])
-    call = trial.seen.calls()[0]
-    shape = trial.seen.graph.nodes[call.given].shape if call.given is not None else ()
-    return (shape[0], shape[1]) if len(shape) == 3 else None
-
-
-def _positions(trial: _Trial, name: str) -> None:
+def _positions(trial: Trial, name: str) -> None:
     seen = trial.seen
     text = f"inputs.positions: {name!r} holds the positions"
     found = _places(trial, name)
@@ -205,23 +122,23 @@ def _positions(trial: _Trial, name: str) -> None:
         seen.judge(found, trial.loc("positions"), text, "moving them changes nothing")
 
 
-def _places(trial: _Trial, name: str) -> bool | None:
+def _places(trial: Trial, name: str) -> bool | None:
     """Whether other positions change anything, None if that cannot be seen."""
-    shape = _token_shape(trial)
+    shape = token_shape(trial)
     if shape is None:
         return None
     plain = torch.arange(shape[1])[None].repeat(shape[0], 1) + 2
     return trial.steers(trial.run({name: plain}), trial.run({name: plain + 3}))
 
 
-_PROBES: dict[str, Callable[[_Trial, str], bool | None]] = {"mask": _hides, "positions": _places}
+_PROBES: dict[str, Callable[[Trial, str], bool | None]] = {"mask": mask_claims.hides, "positions": _places}
 """Arguments that some families take without a use for them."""
 
 
-def _aligned(trial: _Trial, takes: set[str]) -> None:
+def _aligned(trial: Trial, takes: set[str]) -> None:
     """Arguments with a value for every token that change what enters the stack are named, and no others."""
     seen, names = trial.seen, trial.seen.info.inputs
-    shape = _token_shape(trial)
+    shape = token_shape(trial)
     if shape is None or names.ids is None:
         return
     known = {names.ids, names.embeds, names.mask, names.positions}
@@ -249,42 +166,8 @@ def _aligned(trial: _Trial, takes: set[str]) -> None:
             seen.unseen(trial.loc("aligned"), text, aspect=name)  # a class of another type may take it
 
 
-def _enters(trial: _Trial, before: Observation | None, after: Observation | None) -> bool | None:
+def _enters(trial: Trial, before: Observation | None, after: Observation | None) -> bool | None:
     """Whether the stream before the first layer differs."""
     if before is None or after is None:
         return None
     return trial.steers(before, after, words="")
-
-
-def _read_mask(trial: _Trial, takes: set[str]) -> None:
-    """The mask of what a stack reads."""
-    seen, reads = trial.seen, trial.seen.info.reads
-    if reads is None:
-        return
-    loc = (*seen.loc, "reads", "mask")
-    if reads.mask is None:
-        text, usual = "reads.mask: the entry takes none", "encoder_attention_mask"
-        used = usual in takes and bool(_hides_states(trial, reads.states, usual))
-        seen.judge(not used, loc, text, f"it takes {usual!r}")
-        return
-    text = f"reads.mask: {reads.mask!r} hides states from cross-attention"
-    if "mask" not in reads.model_fields_set and reads.mask not in takes:
-        return
-    if reads.mask not in takes:
-        seen.judge(False, loc, text, "the entry has no such argument")
-        return
-    if _hides_states(trial, reads.states, reads.mask):
-        seen.judge(True, loc, text, "")
-    else:  # there are versions of models that do not heed it
-        seen.unseen(loc, text)
-
-
-def _hides_states(trial: _Trial, states: str, mask: str) -> bool | None:
-    """Whether attention differs if an argument hides one of the states that are read."""
-    given = trial.given(states)
-    if given is None or given.ndim != 3:
-        return None
-    full = torch.ones(given.shape[:2], dtype=torch.long)
-    hidden = full.clone()
-    hidden[:, given.shape[1] // 2] = 0
-    return trial.steers(trial.run({mask: full}), trial.run({mask: hidden}), words="o")

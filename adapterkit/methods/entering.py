@@ -19,8 +19,9 @@ from adapterkit.methods.flow import (
     past_of,
     with_first,
 )
-from adapterkit.methods.positions import Span, insert, key, shifted, start
+from adapterkit.methods.positions import Index, Span, insert, key, shifted, start, widened
 from adapterkit.model.blueprint import Blueprint, Slot, StackInfo
+from adapterkit.spec.schema import Inputs, Reads
 
 EMBEDS = "inputs_embeds"
 FROM_IDS = "create_position_ids_from_input_ids"
@@ -120,13 +121,13 @@ class Widen(nn.Module):
         rows, length = tokens.shape[:2]
         count = self.acting.count
         mask = self._mask(given)
-        index = start(mask, self.offset)
+        index = start(mask, self.offset, names.mask_hides)
         fresh, total = not past, (past or count) + length
         if self.limit is not None and total > self.limit:
             message = f"a prompt of {count} and {total - count} tokens, but {self.limit} positions"
             raise PlanError(Problem("too-long", message, self.stack, "a shorter prompt, or shorter inputs"))
         if mask is not None:
-            given[str(names.mask)] = insert(mask, mask.new_ones(1, count), index)
+            given[str(names.mask)] = widened(mask, count, index, names.mask_hides)
         flow[key(self.stack)] = Span(index, count, total, fresh)
         if not self.move:
             return (), given
@@ -195,26 +196,71 @@ class Embed(nn.Module):
         return (), {**given, EMBEDS: self.acting.put(embeds, flow)}
 
 
-class WidenLayer(nn.Module):
-    """At a layer of a stack that pools by its own mask: the layer alone is told of the prompt."""
+def _mask_key(stack: str) -> str:
+    return f"{stack}.prompt_mask"
 
-    def __init__(self, stack: str, mask: str, acting: Acting, is_first: bool) -> None:
+
+class SeeMask(nn.Module):
+    """At the entry of a stack whose layers alone are told of the prompt: remember its mask."""
+
+    def __init__(self, stack: str, mask: str) -> None:
         super().__init__()
-        self.stack, self.mask, self.acting = stack, mask, acting
-        self.is_first = is_first
+        self.stack, self.mask = stack, mask
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
+        flow[_mask_key(self.stack)] = given_arguments(module, args, kwargs).get(self.mask)
+        return args, kwargs
+
+
+class WidenLayer(nn.Module):
+    """At a layer of a stack that pools by its own mask: the layer alone is told of the prompt.
+
+    A layer may call the mask otherwise than the stack, or be given bools that the stack has made of it.
+    Raises: PlanError: the layer gets another mask than (B, T).
+    """
+
+    def __init__(self, stack: str, inputs: Inputs, acting: Acting, is_first: bool) -> None:
+        super().__init__()
+        self.stack, self.mask, self.acting = stack, str(inputs.mask), acting
+        self.hides, self.is_first = inputs.mask_hides, is_first
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
         given = given_arguments(module, args, kwargs)
-        mask = given.get(self.mask)
-        if mask is not None and mask.ndim != 2:
-            message = f"{self.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
+        whole = flow.get(_mask_key(self.stack))
+        name = self.mask if self.mask in given or whole is None else _made_of(whole, given) or self.mask
+        mask = given.get(name)
+        is_made = name != self.mask and mask is not whole
+        if mask is not None and mask.ndim != 2 and not is_made:
+            message = f"{name!r} is no mask (B, T), so that it cannot be widened for a prompt"
             raise PlanError(Problem("unfit-input", message, self.stack))
-        index, count = start(mask, self.acting.offset), self.acting.count
+        shown = whole if is_made else mask
+        index, count = start(shown, self.acting.offset, self.hides), self.acting.count
         length = next(iter(given.values())).shape[1]
         flow[key(self.stack)] = Span(index, count, length + count * self.is_first)
-        if mask is not None:
-            given[self.mask] = insert(mask, mask.new_ones(1, count), index)
+        if is_made and mask is not None:
+            given[name] = _like_shown(mask, start(whole, 0, self.hides), count, index)
+        elif mask is not None:
+            given[name] = widened(mask, count, index, self.hides)
         return (), given
+
+
+def _made_of(mask: torch.Tensor, given: dict[str, Any]) -> str | None:
+    """The argument that is a mask (B, T), or holds bools of its form, with axes of one between."""
+    same = (name for name, value in given.items() if value is mask)
+    bools = (
+        name
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.numel() == mask.numel()
+        if (value.shape[0], value.shape[-1]) == tuple(mask.shape)
+    )
+    return next(same, None) or next(bools, None)
+
+
+def _like_shown(bools: torch.Tensor, first: Index, count: int, index: Index) -> torch.Tensor:
+    """Bools (B, ..., T) with those of a prompt, as the first visible token has them: (B, ..., P + T)."""
+    flat = bools.flatten(1)
+    at = torch.as_tensor(first, device=flat.device).expand(len(flat))[:, None]
+    return insert(flat, flat.gather(1, at).expand(-1, count), index).view(*bools.shape[:-1], -1)
 
 
 class WidenMask(nn.Module):
@@ -223,9 +269,10 @@ class WidenMask(nn.Module):
     Shapes: mask (B, T) -> (B, P + T), with the prompt at the place where the embeddings get it.
     """
 
-    def __init__(self, stack: str, mask: str, acting: Acting) -> None:
+    def __init__(self, stack: str, inputs: Inputs, acting: Acting) -> None:
         super().__init__()
-        self.stack, self.mask, self.acting = stack, mask, acting
+        self.stack, self.mask, self.acting = stack, str(inputs.mask), acting
+        self.hides = inputs.mask_hides
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
         given = given_arguments(module, args, kwargs)
@@ -235,24 +282,25 @@ class WidenMask(nn.Module):
         if mask.ndim != 2:
             message = f"{self.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
             raise PlanError(Problem("unfit-input", message, self.stack))
-        given[self.mask] = insert(mask, mask.new_ones(1, self.acting.count), self.acting.offset)
+        given[self.mask] = widened(mask, self.acting.count, self.acting.offset, self.hides)
         return (), given
 
 
 class WidenRead(nn.Module):
     """At the entry of a stack that reads another: its mask of the other's states, widened to their length."""
 
-    def __init__(self, states: str, mask: str, acting: Acting) -> None:
+    def __init__(self, reads: Reads, acting: Acting) -> None:
         super().__init__()
-        self.states, self.mask, self.acting = states, mask, acting
+        self.states, self.mask, self.acting = reads.states, str(reads.mask), acting
+        self.hides = reads.mask_hides
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
         given = given_arguments(module, args, kwargs)
         states, mask = given.get(self.states), given.get(self.mask)
         count = self.acting.count
         if states is not None and mask is not None and mask.shape[-1] + count == states.shape[1]:
-            index = start(mask, self.acting.offset)
-            given[self.mask] = insert(mask, mask.new_ones(1, count), index)
+            index = start(mask, self.acting.offset, self.hides)
+            given[self.mask] = widened(mask, count, index, self.hides)
         return (), given
 
 

@@ -164,15 +164,17 @@ def past_of(given: Mapping[str, Any]) -> int:
 class EntryInfo(nn.Module):
     """Where a stack is entered: remember which positions are real, and how many a cache already holds."""
 
-    def __init__(self, stack: str, mask: str | None) -> None:
+    def __init__(self, stack: str, mask: str | None, hides: bool = False) -> None:
         super().__init__()
         self.stack = stack
         self.mask = mask
+        self.hides = hides
 
     def forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = given_arguments(module, args, kwargs)
-        flow[f"{self.stack}.mask"] = given.get(self.mask) if self.mask else None
+        mask = given.get(self.mask) if self.mask else None
+        flow[f"{self.stack}.mask"] = mask == 0 if self.hides and mask is not None else mask
         flow[f"{self.stack}.past"] = past_of(given)
         return args, kwargs

@@ -33,9 +33,17 @@ def key(stack: str) -> str:
     return f"{stack}.prompt"
 
 
-def start(mask: torch.Tensor | None, offset: int) -> Index:
-    """Where the prompt goes: `offset` behind the first position that the mask (B, T) does not hide."""
-    return offset if mask is None else (mask != 0).long().argmax(dim=1) + offset
+def start(mask: torch.Tensor | None, offset: int, hides: bool = False) -> Index:
+    """Where the prompt goes: `offset` behind the first position that the mask (B, T) does not hide.
+
+    Args: hides: a position is hidden by a one, else by a zero.
+    """
+    return offset if mask is None else ((mask != 0) ^ hides).long().argmax(dim=1) + offset
+
+
+def widened(mask: torch.Tensor, count: int, index: Index, hides: bool = False) -> torch.Tensor:
+    """A mask (B, T) with a prompt that it shows: (B, P + T)."""
+    return insert(mask, mask.new_full((1, count), not hides), index)
 
 
 def insert(x: torch.Tensor, new: torch.Tensor, index: Index) -> torch.Tensor:

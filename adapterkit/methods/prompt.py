@@ -196,10 +196,11 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
     elif not in_layers:
         add(entry, "widen", partial(entering.Widen, info, acting, None, False))
     elif slot.role == "out" and info.inputs.mask is not None:
-        add(entry, "widen", partial(entering.WidenMask, stack, info.inputs.mask, acting))
+        add(entry, "widen", partial(entering.WidenMask, stack, info.inputs, acting))
     elif info.inputs.mask is not None:
+        add(entry, "mask", partial(entering.SeeMask, stack, info.inputs.mask))
         for index in range(info.num_layers):
-            make = partial(entering.WidenLayer, stack, info.inputs.mask, acting, index == 0)
+            make = partial(entering.WidenLayer, stack, info.inputs, acting, index == 0)
             add(places[f"{stack}.{index}.layer"], "widen", make)
     for address, place in places.items():
         if place.stack == stack and place.role == "position_bias":
@@ -216,7 +217,7 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
         if stack in sources(blueprint, reader):
             reads, place = blueprint.stacks[reader].reads, entry_place(blueprint, reader)
             if reads is not None and reads.mask is not None:
-                make_read = partial(entering.WidenRead, reads.states, reads.mask, acting)
+                make_read = partial(entering.WidenRead, reads, acting)
                 add(place, f"read_{reader.replace('/', '_')}", make_read)
             add(place, f"leave_{reader.replace('/', '_')}", partial(StripRead, stack), "output")
     return found

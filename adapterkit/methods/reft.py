@@ -63,11 +63,12 @@ class ReFTConfig(MethodConfig):
             Helper(
                 entry_place(blueprint, stack),
                 f"entry_info__{stack.replace('/', '_')}",
-                partial(EntryInfo, stack, blueprint.stacks[stack].inputs.mask),
+                partial(EntryInfo, stack, inputs.mask, inputs.mask_hides),
                 "entry",
                 0,
             )
             for stack in stacks
+            for inputs in (blueprint.stacks[stack].inputs,)
         ]
 
 

@@ -328,6 +328,9 @@ class Inputs(Model):
     mask: str | None = Field(
         "attention_mask", description="argument of the attention mask; null: there is none"
     )
+    mask_hides: bool = Field(
+        False, description="ones of the mask hide tokens, as in torch.nn.Transformer; else they show them"
+    )
     positions: str | None = Field("position_ids", description="argument of positions; null: there is none")
     aligned: Strings = Field((), description="further arguments with a value, or several, per token")
     batch: dict[str, Batch] = Field(
@@ -343,6 +346,7 @@ class Reads(Model):
     mask: str | None = Field(
         "encoder_attention_mask", description="argument of the entry that holds their mask"
     )
+    mask_hides: bool = Field(False, description="ones of that mask hide states; else they show them")
 
 
 class Unembed(Model):

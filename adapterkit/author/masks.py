@@ -1,0 +1,107 @@
+"""Which argument hides tokens, and with which value: a hidden token changes nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.author.observe import observe
+from adapterkit.methods.flow import base_forward
+
+Run = Callable[[Mapping[str, Any]], torch.Tensor | None]
+"""What a first layer makes (B, T, D) with these arguments of the entry; None if it does not run."""
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+Part = Callable[[torch.Tensor], torch.Tensor]
+
+
+def visible(
+    run: Run, name: str, shape: tuple[int, int], kinds: Iterable[torch.dtype], edits: Pair
+) -> int | None:
+    """The value with which an argument lets tokens be seen, 1 or 0; None if it hides none.
+
+    Args:
+        run: see `Run`; positions that may change anyway are not among what it gives.
+        shape: (B, T) of the mask.
+        kinds: types that the argument may have, the likeliest first.
+        edits: two sets of arguments that differ at position T // 2 only.
+    """
+    for kind in kinds:
+        for value in (1, 0):
+            seen = torch.full(shape, value).to(kind)
+            hidden = seen.clone()
+            hidden[:, shape[1] // 2] = 1 - value
+            if _differ(run, edits, {name: seen}) and _differ(run, edits, {name: hidden}) is False:
+                return value
+    return None
+
+
+def _differ(run: Run, edits: Pair, mask: Mapping[str, Any]) -> bool | None:
+    before, after = (run({**edit, **mask}) for edit in edits)
+    if before is None or after is None or before.shape != after.shape:
+        return None
+    return not torch.equal(before, after)
+
+
+def edited(ids: torch.Tensor) -> torch.Tensor | None:
+    """Ids (B, T) with another one at position T // 2 of every row, None if there is no other."""
+    place = ids.shape[1] // 2
+    other = ids.clone()
+    for row in range(ids.shape[0]):
+        known = ids[row][ids[row] != ids[row, place]]
+        if not len(known):
+            return None
+        other[row, place] = known[0]
+    return other
+
+
+def beside(states: torch.Tensor) -> torch.Tensor:
+    """States (B, T, D) without those at position T // 2."""
+    place = states.shape[1] // 2
+    return torch.cat([states[:, :place], states[:, place + 1 :]], dim=1)
+
+
+def moved(states: torch.Tensor) -> torch.Tensor:
+    """States (B, T, D) with other ones at position T // 2."""
+    place = states.shape[1] // 2
+    other = states.clone()
+    other[:, place] = states[:, place].roll(1, dims=-1) + 1
+    return other
+
+
+def made(
+    model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module, arguments: Mapping[str, Any], layer: str
+) -> torch.Tensor | None:
+    """What a layer makes (B, T, D) if the entry is called with other arguments; None if that does not run."""
+    names = names_of(entry)
+
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {**dict(zip(names, args, strict=False)), **kwargs, **arguments}
+
+    try:
+        seen = observe(model, inputs, enter={entry: enter})
+    except Exception:  # models raise anything on what does not fit
+        return None
+    calls = seen.graph.calls_of(layer)
+    found = seen.tensors[calls[0].gives] if calls and calls[0].gives is not None else None
+    return found if found is not None and found.ndim == 3 else None
+
+
+def names_of(module: nn.Module) -> list[str]:
+    """Arguments of a module's forward, in order."""
+    return list(signature(base_forward(module)).parameters)[1:]
+
+
+def optional(module: nn.Module) -> list[str]:
+    """Arguments that may be None."""
+    parameters = signature(base_forward(module)).parameters
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return [name for name, one in parameters.items() if one.default is None and one.kind in kinds]
+
+
+def kinds_of(given: torch.Tensor | None) -> tuple[torch.dtype, ...]:
+    """Types to try: what was given, or what masks are."""
+    return (torch.long, torch.bool) if given is None else (given.dtype,)
