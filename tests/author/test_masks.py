@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit.author.draft import Draft
 from tests.author import masked
 
 MAKERS = {"keep": masked.keeping, "padding": masked.hiding}
 
 
-def drafted(name: str) -> dict[str, Any]:
+@cache
+def _draft(name: str) -> Draft:
     model, inputs = MAKERS[name]()
-    found: dict[str, Any] = ak.draft(model, inputs=inputs).data
-    return found
+    return ak.draft(model, inputs=inputs)
+
+
+def drafted(name: str) -> dict[str, Any]:
+    return copy.deepcopy(_draft(name).data)
 
 
 def test_a_draft_names_the_mask_of_its_model() -> None:
