@@ -35,10 +35,11 @@ def interleaved(
     rounds: int,
     repeat: int = 1,
     before: Mapping[str, Callable[[], object]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Time each contestant `rounds` times, in a new order each round.
 
-    Args: repeat: calls for one time. before: what to do before each time, untimed.
+    Args: repeat: calls for one time. before: what to do before each time, untimed. clock: what is read.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
@@ -51,10 +52,10 @@ def interleaved(
                 if before and name in before:
                     before[name]()
                 gc.collect()
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(repeat):
                     contestants[name]()
-                seconds[name].append((time.perf_counter() - start) / repeat)
+                seconds[name].append((clock() - start) / repeat)
     finally:
         gc.enable()
     return {name: Times(tuple(found)) for name, found in seconds.items()}

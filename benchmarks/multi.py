@@ -4,13 +4,14 @@ Run: python -m benchmarks.multi [--rounds 15] [--adapters 1,2,4,8,32] [--sizes 2
 A decoder with `layers x width`, LoRA of rank 8 on q and v; every adapter has as many examples of the batch.
 `one` is a single adapter for the whole batch, `groups` BatchSplit (what Parallel runs), `route` free rows in
 mixed order, `separate` one forward for each adapter. Prefill has 16 tokens for each example, decode one token
-behind a cache of 16. Reports medians, and medians of ratios round by round.
+behind a cache of 16. Reports medians of processor time, and medians of ratios round by round.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -121,7 +122,7 @@ def measure(size: str, number: int, batch: int, decode: bool, rounds: int, repea
     contestants["peft"] = step(wrapped, ids, decode, adapter_names=mixed)
     for call in contestants.values():
         call()
-    times = interleaved(contestants, rounds, repeat)
+    times = interleaved(contestants, rounds, repeat, clock=time.process_time)
     found: dict[str, object] = {"size": size, "step": "decode" if decode else "prefill", "batch": batch}
     found["adapters"] = number
     found |= {f"{name} ms": f"{time.median * 1e3:.2f}" for name, time in times.items()}
