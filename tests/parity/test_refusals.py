@@ -184,3 +184,12 @@ def test_methods_that_fused_or_transposed_matrices_do_not_have(
     # a transposed matrix alone is in the way of DoRA only; for the others the tensors are not theirs
     code = "unsupported-slot" if fused or "use_dora" in option else "missing-tensors"
     assert code in {problem.code for problem in error.problems}
+
+
+@pytest.mark.parametrize(("word", "case"), [("refused", "lora_all"), ("no_prefix", "prefix_tuning_flat")])
+def test_what_an_interface_says_of_their_files(word: str, case: str) -> None:
+    interface = {"adapterkit": 1, "like": "bert", "adapterhub": {word: "their library saves other weights"}}
+    recorded = Case(COMPACT, "bert", "BertModel", case)
+    directory = recorded.directory / "adapters" / "a"
+    error = refused(base(recorded, "eager"), directory, interface=interface, allow_bin=True)
+    assert error.code == "not-reproducible" and "saves other weights" in str(error)
