@@ -14,7 +14,7 @@ from adapterkit.files import manifest
 from adapterkit.inject import entry
 from adapterkit.inject.batch import Inputs
 from adapterkit.inject.injector import close_entries, eject, inject, open_entries
-from adapterkit.inject.site import check_unwrapped, site_of
+from adapterkit.inject.site import check_called, check_unwrapped, site_of
 from adapterkit.inject.state import NAME, part_tensors, place_tensors
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import named_parameters
@@ -119,6 +119,7 @@ class Members:
         hosts = [(places[address], module) for address, module in modules.items()]
         helpers = adapter.config.helpers(adapter.plan.slots, self.blueprint)
         record = manifest.write(adapter.plan, self.blueprint)
+        check_called(self.blueprint, [host.path for host, _ in hosts] + [one.place.path for one in helpers])
         fusing.connect(adapter, self.adapters)
         adapter.injection = inject(
             self.runtime, adapter.name, hosts, adapter.shared, helpers, record, self.top

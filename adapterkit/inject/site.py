@@ -8,7 +8,7 @@ hooks would be ignored).
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from adapterkit.errors import CompositionError, PlanError, Problem
 from adapterkit.inject import attention, lanes
 from adapterkit.inject.lanes import Seen
+from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.walk import CHILD
 from adapterkit.runtime import Program, Runtime, Step
 from adapterkit.spec.schema import Kernel
@@ -230,6 +231,23 @@ def close_site(module: nn.Module, path: str) -> None:
     check_unwrapped(module, path)
     _become(module, base_class(module))
     del module._modules[CHILD]
+
+
+def check_called(blueprint: Blueprint, paths: Iterable[str]) -> None:
+    """Refuse parts of a layer of torch that in evaluation reads their weights without calling them.
+
+    Raises: PlanError.
+    """
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    for address, info in blueprint.stacks.items():
+        for index, layer in enumerate(info.layers):
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                around = blueprint.places[f"{address}.{index}.layer"].path
+                if any(path.startswith(f"{around}.") for path in paths):
+                    what = f"{around} is an nn.TransformerEncoderLayer: evaluated, it calls no part of it"
+                    expected = "torch.backends.mha.set_fastpath_enabled(False) before you attach"
+                    raise PlanError(Problem("weight-without-call", what, address, expected))
 
 
 def check_unwrapped(module: nn.Module, path: str) -> None:

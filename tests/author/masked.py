@@ -115,3 +115,22 @@ def hiding() -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
     words = torch.arange(2 * LENGTH).view(2, LENGTH)
     return Hiding(), {"source": words, "target": words[:, :3] + 20, "padding": _mask().logical_not()}
+
+
+class Stock(nn.Module):
+    """Layers of torch itself, which in evaluation read the weights of their parts without calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, words: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.body(self.table(words), src_key_padding_mask=padding)
+
+
+def stock() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    words = torch.arange(2 * LENGTH).view(2, LENGTH)
+    return Stock(), {"words": words, "padding": _mask().logical_not()}
