@@ -138,7 +138,11 @@ def _last_before(seen: Seen, around: StackFacts) -> Call | None:
     """
     graph = seen.graph
     shape = graph.nodes[around.entering].shape
-    content = {table.node for table in around.tables} or {
+    said = seen.place("embeddings.table")
+    named = graph.paths.get(said.path, said.path) if said is not None else None
+    # a second table (of segments, say) is added to the stream as positions are
+    tables = [one for one in around.tables if one.path == named] or around.tables
+    content = {table.node for table in tables} or {
         node.index for node in graph.nodes if node.op == INPUT and node.floating
     }
     found, latest = None, -1

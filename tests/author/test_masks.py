@@ -125,3 +125,28 @@ def test_a_padded_example_is_the_example_without_padding(name: str, method: str)
     del short[name]
     torch.testing.assert_close(model(**short), alone)
     assert not torch.allclose(whole, plain.eval()(**inputs)[1:], atol=1e-3)
+
+
+def test_a_table_of_segments_is_not_where_the_stream_begins() -> None:
+    class Sided(masked.Keeping):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Embedding(2, masked.WIDTH)
+
+        def forward(self, words: Tensor, sides: Tensor) -> Tensor:  # type: ignore[override]
+            x = self.table(words) + self.side(sides)
+            for layer in self.layers:
+                x = layer(x, None)
+            return self.classify(self.norm(x))
+
+    def make() -> tuple[nn.Module, dict[str, Tensor]]:
+        words = masked.keeping()[1]["words"]
+        return Sided(), {"words": words, "sides": words % 2}
+
+    model, inputs = make()
+    data = ak.draft(model, inputs=inputs).data
+    (stack,) = data["stacks"].values()
+    assert stack["embeddings"] == {"table": "table", "out": "table"}
+    assert ak.check(data, make, methods=()).ok
+    stack["embeddings"]["out"] = "side"
+    assert [problem.code for problem in ak.check(data, make, methods=()).problems] == ["refuted"]
