@@ -97,9 +97,8 @@ def refusal(interface: Interface, config: MethodConfig) -> str | None:
     lacking += [word for word in getattr(config, "locations", ()) if word not in branches]
     if not lacking or interface.parts:
         return None
-    reasons = [_reason(said, word) for word in lacking]
-    why = listing(dict.fromkeys(reason for reason in reasons if reason))
-    return f"it has no {listing(lacking)}" + (f": {why}" if why else "")
+    reasons = dict.fromkeys(reason for word in lacking if (reason := _reason(said, word)))
+    return f"it has no {listing(lacking)}" + (f": {listing(reasons)}" if reasons else "")
 
 
 def _reason(said: list[tuple[str, Sublayer]], lacking: str) -> str:

@@ -89,9 +89,9 @@ def test_the_text_is_the_interface() -> None:
 @pytest.mark.parametrize(
     ("model_type", "near", "left"),
     [
-        ("camembert", {"bert", "roberta", "xlm_roberta"}, set()),
-        ("granite", {"llama", "mistral", "qwen2"}, set()),
-        ("mixtral", {"llama", "mistral", "qwen2"}, {"mlp"}),
+        ("camembert", {"bert", "roberta", "xlm_roberta", "camembert"}, set()),
+        ("granite", {"llama", "mistral", "qwen2", "granite"}, set()),
+        ("mixtral", {"mixtral"}, set()),
         ("deit", {"vit", "beit"}, set()),
     ],
 )

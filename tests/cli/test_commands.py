@@ -192,7 +192,7 @@ def test_a_type_without_a_model_of_its_own_says_so(run: Run) -> None:
 
 
 def test_a_known_model_without_an_interface(run: Run) -> None:
-    found = run("show", "bloom")
+    found = run("show", "xlnet")
     assert found.code == 1
     assert "error[no-interface]" in found.err
 

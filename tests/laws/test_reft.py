@@ -107,6 +107,7 @@ def test_the_prompt_alone_is_edited_while_it_goes_on(row: str, options: dict[str
     torch.testing.assert_close(static, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # older ones know no other name
 def test_a_second_turn_under_a_cache_is_not_edited() -> None:
     model = tiny.build("llama", "LlamaForCausalLM")
     given = tiny.inputs("llama", padded=False)["input_ids"]

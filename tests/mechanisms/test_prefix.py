@@ -176,8 +176,8 @@ def test_bfloat16() -> None:
         assert (found.float() - wide).norm() < 0.1 * wide.norm()
 
 
-class Einsum(nn.Module):
-    """Attention that no way to a core sees."""
+class Sums(nn.Module):
+    """Attention by sums of products, which no way to a core sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,14 +186,14 @@ class Einsum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(-1, (4, 4)) for part in (self.q, self.k, self.v))
-        weights = torch.einsum("bqhe,bkhe->bhqk", q, k).softmax(-1)
-        return self.o(torch.einsum("bhqk,bkhe->bqhe", weights, v).flatten(2))
+        weights = (q[:, :, None] * k[:, None]).sum(-1).softmax(2)
+        return self.o((weights[..., None] * v[:, None]).sum(2).flatten(2))
 
 
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Einsum()])
+        self.layers = nn.ModuleList([Sums()])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[0](x)

@@ -154,7 +154,8 @@ def batch_and_kernel(found: Blueprint, model: nn.Module) -> None:
     assert kernel is not None
     assert (kernel.method, kernel.args) == ("forward", ("q", "k", "v", "mask", "_"))
     assert info.eager["attention"] == "plain_attention"
-    assert (info.inputs.ids, info.inputs.mask, info.inputs.embeds) == ("tokens", None, "inputs_embeds")
+    assert (info.inputs.ids, info.inputs.mask, info.inputs.embeds) == ("tokens", "hidden", "inputs_embeds")
+    assert info.inputs.mask_hides
     assert info.inputs.aligned == ("segments",)
     assert info.inputs.batch == {"position_ids": "none"}
 
