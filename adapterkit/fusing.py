@@ -32,6 +32,9 @@ def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> F
         expected = "bottleneck adapters at the same branches"
         raise PlanError(Problem("nothing-selected", message, expected=expected))
     children = tuple(adapter.name for adapter in adapters)
+    problems = [problem for adapter in adapters for problem in _left_out(adapter, places)]
+    if problems:
+        raise PlanError(problems)
     where = {unit.config.branch for adapter in adapters for unit in _bottlenecks(adapter).values()}
     if len(where) > 1:
         message = f"{listing(children)} act before and after the norm of the branch, not at one place"
@@ -55,6 +58,17 @@ def _units(adapter: Adapter) -> dict[str, str]:
 def _common(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     first, *others = (_units(adapter) for adapter in adapters)
     return tuple(branch for branch in first if all(branch in other for other in others))
+
+
+def _left_out(adapter: Adapter, places: Sequence[str]) -> list[Problem]:
+    """Units of an adapter that would silently not act in a fusion at these branches."""
+    fused = {address for branch, address in _units(adapter).items() if branch in places}
+    rest = [address for address in adapter.units if address not in fused]
+    if not rest:
+        return []
+    message = f"{adapter.name!r} also acts where there is no fusion: {listing(rest)}"
+    expected = "bottlenecks at the same branches and nothing else; Stack('x', Fuse(...)) for the rest"
+    return [Problem("not-fused", message, adapter.name, expected)]
 
 
 def users(name: str, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
@@ -109,6 +123,8 @@ def connect(fusion: Adapter, adapters: Mapping[str, Adapter]) -> None:
                 f"the fusion {fusion.name!r} has no weights at this branch, where all of its adapters act"
             )
             problems.append(Problem("no-fusion", message, branch))
+    for child in () if problems else fusion.config.children:
+        problems += _left_out(adapters[child], tuple(own_places))
     if problems:
         raise PlanError(problems)
 

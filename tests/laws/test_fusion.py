@@ -186,3 +186,16 @@ def test_adapters_before_the_norm_are_fused_there() -> None:
     with pytest.raises(PlanError) as caught:
         kit.fuse("a", "c")
     assert (caught.value.code, caught.value.address) == ("nothing-selected", "branch")
+
+
+@pytest.mark.parametrize("other", ["seq_bn_inv", "double_seq_bn", "seq_bn|lora[targets=q]"])
+def test_adapters_that_also_act_elsewhere_are_refused(other: str) -> None:
+    """Inside the fusion what they have elsewhere would silently not act."""
+    model, given = tiny.build("bert"), tiny.inputs("bert")
+    kit = ak.attach(model, "seq_bn", name="a", activate=False)
+    kit.attach(other, name="b", activate=False)
+    before = run(model, given)
+    with pytest.raises(PlanError) as caught:
+        kit.fuse("a", "b")
+    assert caught.value.code == "not-fused" and caught.value.address == "b"
+    assert sorted(kit) == ["a", "b"] and torch.equal(run(model, given), before)
