@@ -10,7 +10,7 @@ from adapterkit.model.bind import usual_heads
 
 if TYPE_CHECKING:
     from adapterkit.author.attention import Attention
-    from adapterkit.author.columns import Column
+    from adapterkit.author.column import Column
     from adapterkit.author.describe import Describer, Words
 
 

@@ -1,0 +1,363 @@
+"""One observed column of layers as a stack of an interface: its root, its ends, what its layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.author import masks
+from adapterkit.author.describe import Describer, Notes, Scene, Words, arguments
+from adapterkit.author.graph import Call
+from adapterkit.author.kinds import kinds_of, share_norm
+from adapterkit.author.layers import LayerFacts
+from adapterkit.author.sizes import missing_sizes
+from adapterkit.author.stacks import StackFacts, light_ahead, looked_up_with
+from adapterkit.spec.schema import Inputs
+
+_ALIGNED = ("token_type_ids", "bbox")
+"""Arguments with one value per token."""
+_INPUTS = {
+    "ids": "input_ids",
+    "embeds": "inputs_embeds",
+    "mask": "attention_mask",
+    "positions": "position_ids",
+}
+
+
+@dataclass
+class Column:
+    """A stack while it is described."""
+
+    scene: Scene
+    facts: StackFacts
+    name: str
+    root: str
+    """Path of the module below which everything is named."""
+    notes: Notes
+
+    @property
+    def loc(self) -> tuple[str, ...]:
+        return ("stacks", self.name)
+
+    def below(self, path: str) -> str | None:
+        return self.scene.below(path, self.root)
+
+    def words(self, others: Iterable[Column]) -> Words:
+        """Everything about the stack, in the order of the forward pass."""
+        said: Words = {}
+        base = base_path(self.scene.model)
+        if self.root != base:
+            said["at"] = self.scene.below(self.root, base) or self.root
+        config = self._config_name()
+        if config is not None:
+            said["config"] = config
+        said |= self._embeddings()
+        said |= self._entry()
+        said |= self._reads(others)
+        said["layers"] = self.below(self._list_path()) if "*" not in self.facts.path else self._glob()
+        said |= self._layers()
+        said |= self._far_end()
+        return said
+
+    # ---------------------------------------------------------------------------------------- the root
+
+    def _list_path(self) -> str:
+        return self.facts.path
+
+    def _glob(self) -> str:
+        path = self.facts.path
+        path = path[len(self.root) + 1 :] if self.root else path
+        return f"{path}.*" if path.endswith("*") else path  # lists in a list
+
+    @property
+    def config(self) -> Any:
+        """The config that speaks of this stack."""
+        whole = getattr(self.scene.modules[base_path(self.scene.model)], "config", None)
+        own = getattr(self.scene.modules[self.root], "config", None)
+        return own if own is not None and self._config_name() is not None else whole
+
+    def _config_name(self) -> str | None:
+        """Name of the sub-config that belongs to the stack's root; dotted, if it is further in."""
+        whole = getattr(self.scene.modules[base_path(self.scene.model)], "config", None)
+        own = getattr(self.scene.modules[self.root], "config", None)
+        if own is None or own is whole or whole is None:
+            return None
+        return _path_of(whole, own)
+
+    # ----------------------------------------------------------------------------------- the near end
+
+    def _embeddings(self) -> Words:
+        tables = [one for one in self.facts.tables if one.call is not None]
+        table = self.below(tables[0].path) if tables else None
+        if len(tables) > 1:
+            more = ", ".join(one.path for one in tables[1:])
+            self.notes.remark((*self.loc, "embeddings"), f"looked up too: {more}")
+        graph = self.scene.graph
+        arriving = [c for c in self.facts.arriving if c.path != self.root and self._once(c)]
+        arriving = [c for c in arriving if self.below(c.path) not in (None, ".")]
+        projection = self._projection(arriving) if table else None
+        before = projection.given if projection is not None else None
+        entering = graph.same(self.facts.entering if before is None else before)
+        exact = [c for c in arriving if c.gives is not None and graph.same(c.gives) == entering]
+        leaves = [c for c in exact if c.is_leaf and c.kind != "Identity"]
+        # what passes on unchanged is the last of those that give the same numbers
+        last = max(leaves or exact, key=lambda c: (c.end, c.index), default=None)
+        out = self.below(last.path) if last is not None else table
+        found: Words = {"table": table} if table else {}
+        if out is None:
+            text = "the stream comes out of no module before the first layer, so there is nothing to name"
+            self.notes.remark((*self.loc, "layers"), text)
+            return {}
+        said: Words = {"embeddings": found | {"out": out}}
+        if projection is not None:
+            said["extra"] = {"embedding_projection": self.below(projection.path)}
+        return said
+
+    def _projection(self, arriving: list[Call]) -> Call | None:
+        """The linear module between embeddings of another width and the stream."""
+        graph = self.scene.graph
+        wide = graph.nodes[self.facts.entering].shape[-1]
+        for call in reversed(arriving):
+            if call.given is None or call.gives is None or not self.scene.is_linear(call.path):
+                continue
+            if graph.nodes[call.gives].shape[-1] == wide != graph.nodes[call.given].shape[-1]:
+                return call
+        return None
+
+    def _once(self, call: Call) -> bool:
+        return len(self.scene.graph.calls_of(call.path)) == 1
+
+    def _entry(self) -> Words:
+        """The module whose call runs the stack, and the names of its arguments."""
+        called = self.scene.graph.calls_of(self.root)
+        found: Words = {}
+        module = self.scene.modules[self.root]
+        if not any(call.start <= self.facts.layers[0].call.start < call.end for call in called):
+            below = self.below(self.facts.entry.path)
+            if below not in (None, "."):
+                found["entry"] = below
+                module = self.scene.modules[self.facts.entry.path]
+        inputs = self._inputs(module, found.get("entry"))
+        return found | ({"inputs": inputs} if inputs else {})
+
+    def _ids(self, entry: str | None) -> str | None:
+        """The argument of the entry that the table is looked up with."""
+        graph, first = self.scene.graph, self.facts.layers[0].call.start
+        ids = {looked_up_with(graph, table.node) for table in self.facts.tables}
+        calls = graph.calls_of(self.facts.entry.path if entry else self.root)
+        inside = [call for call in calls if call.start <= first < call.end]
+        return next(
+            (name for call in inside for name, value in call.arguments if graph.same(value) in ids), None
+        )
+
+    def _inputs(self, module: nn.Module, entry: str | None) -> Words:
+        """Arguments that are called otherwise than usual, or that are missing."""
+        taken = arguments(module)
+        usual = {word: Inputs.model_fields[word].default for word in _INPUTS}
+        found: Words = {word: None for word, name in usual.items() if name not in taken}
+        ids = self._ids(entry) if "ids" in found else None
+        if ids is not None:
+            found["ids"] = ids
+        if "mask" in found and found.get("ids", "") is not None:
+            found |= self._mask(module, ids or str(usual["ids"]))
+        if ids is not None:
+            return found
+        aligned = [name for name in _ALIGNED if name in taken]
+        return found | ({"aligned": aligned} if aligned else {})
+
+    def _mask(self, module: nn.Module, ids: str) -> Words:
+        """The argument that hides tokens, by trial."""
+        tokens = self._given(module).get(ids)
+        other = masks.edited(tokens) if tokens is not None and tokens.ndim == 2 else None
+        if tokens is None or other is None:
+            return {}
+        shape = (int(tokens.shape[0]), int(tokens.shape[1]))
+        return self._hiding(module, shape, ({ids: tokens}, {ids: other}), masks.beside)
+
+    def _read_mask(self, module: nn.Module, states: str) -> Words:
+        """The argument that hides states of the other stack, by trial."""
+        read = self._given(module).get(states)
+        if read is None or read.ndim != 3:
+            return {}
+        shape = (int(read.shape[0]), int(read.shape[1]))
+        return self._hiding(module, shape, ({states: read}, {states: masks.moved(read)}), lambda made: made)
+
+    def _hiding(
+        self,
+        module: nn.Module,
+        shape: tuple[int, int],
+        edits: tuple[Words, Words],
+        part: masks.Part,
+    ) -> Words:
+        """Of the arguments with one value per token, and of those that were not given, the one that hides."""
+        given = self._given(module)
+        names = [name for name, value in given.items() if value.shape == shape and name not in edits[0]]
+        names += [name for name in masks.optional(module) if name not in given]
+        path = self.facts.layers[0].call.path
+
+        def run(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+            made = masks.made(self.scene.model, self.scene.inputs, module, arguments, path)
+            return None if made is None else part(made)
+
+        for name in names:
+            value = masks.visible(run, name, shape, masks.kinds_of(given.get(name)), edits)
+            if value is not None:
+                return {"mask": name} | ({} if value else {"mask_hides": True})
+        return {}
+
+    def _given(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors that the entry was called with, by argument."""
+        seen, first = self.scene.seen, self.facts.layers[0].call.start
+        calls = [c for path in self.scene.names[id(module)] for c in seen.graph.calls_of(path)]
+        calls = [call for call in calls if call.start <= first < call.end]
+        return {name: seen.tensors[value] for call in calls for name, value in call.arguments}
+
+    def _reads(self, others: Iterable[Column]) -> Words:
+        """The other stack whose states the cross-attention attends to."""
+        graph = self.scene.graph
+        cross = [b for layer in self.facts.layers for b in layer.branches if b.kind == "cross_attention"]
+        if not cross:
+            return {}
+        behind = graph.closure([cross[0].events[-1].key])
+        read = next((o for o in others if o is not self and o.facts.leaving in behind), None)
+        if read is None:
+            self.notes.gap((*self.loc, "reads"), "the states that cross-attention reads come from no stack")
+            return {}
+        found: Words = {"stack": read.name}
+        calls = [c for c in graph.calls_of(self.root) if c.start <= self.facts.layers[0].call.start < c.end]
+        given = [name for c in calls for name, value in c.arguments if _made_of(self, value, read)]
+        usual = "encoder_hidden_states"
+        if given and usual not in given:
+            found["states"] = given[0]
+        root = self.scene.modules[self.root]
+        if "encoder_attention_mask" not in arguments(root):
+            found |= {"mask": None} | self._read_mask(root, given[0] if given else usual)
+        return {"reads": found}
+
+    # ------------------------------------------------------------------------------------------ layers
+
+    def _layers(self) -> Words:
+        once = {facts.call.path: facts for facts in reversed(self.facts.layers)}
+        layers = sorted(once.values(), key=lambda facts: facts.call.index)
+        parallel = [
+            one.is_parallel for one in layers if {b.kind for b in one.branches} >= {"attention", "mlp"}
+        ]
+        describer = Describer(self.scene, self.loc, self.notes, bool(parallel) and all(parallel))
+        told = [describer.layer(facts) for facts in layers]
+        said: Words = {}
+        if describer.parallel:
+            said["block"] = "parallel"
+            said |= share_norm(told)
+        elif any(parallel):
+            self.notes.gap((*self.loc, "block"), "some layers are parallel and some are not")
+        self._sizes(describer, layers, told)
+        for word in ("attention", "mlp"):
+            if not any(word in one for one in told):
+                self.notes.gap((*self.loc, word), f"no layer has a branch of the kind {word}")
+        return said | kinds_of(self.config, told, lambda word, text: self.notes.gap((*self.loc, word), text))
+
+    def _sizes(self, describer: Describer, layers: list[LayerFacts], told: list[Words]) -> None:
+        """Head counts, where neither the config's usual fields nor the core show what was observed."""
+        for facts, words in zip(layers, told, strict=True):
+            for branch in facts.branches:
+                own = words.get(branch.kind)
+                if own is not None and branch.events and branch.events[-1].kind != "whole":
+                    found = missing_sizes(self, describer, facts, branch, own)
+                    if found:
+                        own["sizes"] = found
+
+    # ------------------------------------------------------------------------------------- the far end
+
+    def _far_end(self) -> Words:
+        graph, facts = self.scene.graph, self.facts
+        found: Words = {}
+        following = self._following()
+        width = graph.nodes[facts.entering].shape
+        norms = [c for c in following if graph.is_norm(c) or _is_norm_elsewhere(c)]
+        norms = [c for c in norms if graph.nodes[c.given or 0].shape == width]
+        last = facts.layers[-1].call
+        if norms:
+            found["final_norm"] = self.below(norms[0].path)
+        elif len(graph.calls_of(last.path)) > 1 and facts.leaving is not None:
+            outer = [c for c in graph.returned(facts.leaving) if c.index < last.index and c.path != self.root]
+            exits = [self.below(c.path) for c in outer if self.below(c.path) not in (None, ".")]
+            if exits:
+                found["exit"] = exits[0]
+        poolers = [c for c in following if c not in norms and self._pools(c)]
+        if poolers and self.config is not None:
+            why = "classes with a head may be built without it"
+            found["pooler"] = {"path": self.below(poolers[0].path), "optional": why}
+        return found
+
+    def _following(self, *, anywhere: bool = False) -> list[Call]:
+        """Modules with weights behind the last layer that read its states, in order, outer ones first.
+
+        Args: anywhere: not below the root alone.
+        """
+        graph, leaving = self.scene.graph, self.facts.leaving
+        if leaving is None:
+            return []
+        near = set(light_ahead(graph, leaving))
+        found = []
+        for call in graph.calls[self.facts.layers[-1].call.index + 1 :]:
+            if call.start < self.facts.layers[-1].call.end or call.given not in near:
+                continue
+            below = call.path if anywhere else self.below(call.path)
+            weights = next(self.scene.modules[call.path].parameters(), None) is not None
+            if below not in (None, ".") and (weights or _is_norm_elsewhere(call)):
+                found.append(call)
+                if call.gives is not None and graph.is_norm(call):
+                    near |= light_ahead(graph, call.gives)
+        return found
+
+    def heads(self, others: Iterable[Column]) -> list[str]:
+        """In a model that no config describes: what reads the states behind the stack, and is no norm.
+
+        Args: others: stacks of the model; what reads the states within them is no head.
+        """
+        roots = tuple(f"{other.root}." for other in others if other is not self and other.root)
+        following = self._following(anywhere=True)
+        found = [c.path for c in following if not self.scene.graph.is_norm(c) and not _is_norm_elsewhere(c)]
+        found = [path for path in dict.fromkeys(found) if not f"{path}.".startswith(roots)]
+        return [path for path in found if not any(path.startswith(f"{o}.") for o in found)]
+
+    def _pools(self, call: Call) -> bool:
+        """Whether a module takes or makes one vector of all states."""
+        graph = self.scene.graph
+        axes = len(graph.nodes[self.facts.entering].shape)
+        return call.gives is not None and len(graph.nodes[call.gives].shape) == axes - 1
+
+
+def base_path(model: nn.Module) -> str:
+    """Where paths of an interface start: the model without its head."""
+    prefix = getattr(model, "base_model_prefix", None)
+    return prefix if isinstance(prefix, str) and prefix and prefix in model._modules else ""
+
+
+def _is_norm_elsewhere(call: Call) -> bool:
+    """What is an identity in this config, and by its name a norm in others."""
+    return call.kind == "Identity" and "norm" in call.path.rpartition(".")[2].lower()
+
+
+def _path_of(config: Any, wanted: Any) -> str | None:
+    """Where a config lies in another."""
+    inner: dict[str, Any] = {
+        name: value for name, value in vars(config).items() if hasattr(value, "model_type")
+    }
+    for name, value in inner.items():
+        if value is wanted:
+            return str(name)
+    for name, value in inner.items():
+        found = _path_of(value, wanted)
+        if found is not None:
+            return f"{name}.{found}"
+    return None
+
+
+def _made_of(column: Column, value: int, read: Column) -> bool:
+    leaving = read.facts.leaving
+    return leaving is not None and leaving in column.scene.graph.closure([value])
