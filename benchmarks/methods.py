@@ -67,6 +67,7 @@ def measure(size: str, methods: list[str], rounds: int) -> list[dict[str, object
             low, middle, high = paired_ratio(times["adapted"], times["bare"])
             found[what] = f"{middle:.3f} [{low:.3f}, {high:.3f}]"
         rows.append(found)
+        print(*found.values(), flush=True)  # a run that is cut short has told what it knows
     return rows
 
 

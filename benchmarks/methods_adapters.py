@@ -106,6 +106,7 @@ def measure(size: str, rounds: int) -> list[dict]:
         except Exception as error:
             found["forward"] = found["step"] = f"{type(error).__name__}"
         rows.append(found)
+        print(*found.values(), flush=True)  # a run that is cut short has told what it knows
     return rows
 
 
