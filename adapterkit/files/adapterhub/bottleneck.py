@@ -34,7 +34,7 @@ _SAME = (
     "dropout",
     "stochastic_depth",
 )
-_COMPACTER = (
+COMPACTER = (
     "phm_dim",
     "phm_rank",
     "phm_bias",
@@ -211,7 +211,7 @@ class BottleneckMember(Member):
         options["reduction_factor"] = factor
         if not theirs.phm_layer:
             return BottleneckConfig(**{**options, **quirks})
-        options |= {name: getattr(theirs, name) for name in _COMPACTER}
+        options |= {name: getattr(theirs, name) for name in COMPACTER}
         return CompacterConfig(**{**options, **quirks})
 
     def _locations(self, addresses: list[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapterkit.errors import FileFormatError, Problem, listing
+from adapterkit.files.adapterhub.bottleneck import COMPACTER
 from adapterkit.files.adapterhub.places import Layer, layers
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.bottleneck import BottleneckConfig
@@ -37,16 +38,6 @@ _SAME = (
     "adapter_residual_before_ln",
     "dropout",
     "stochastic_depth",
-)
-_COMPACTER = (
-    "phm_dim",
-    "phm_rank",
-    "phm_bias",
-    "shared_phm_rule",
-    "factorized_phm_rule",
-    "shared_W_phm",
-    "factorized_phm_W",
-    "phm_init_range",
 )
 _PREFIX = (
     "flat",
@@ -198,7 +189,7 @@ def _bottleneck(
         "phm_layer": isinstance(config, CompacterConfig),
     }
     phm = config if isinstance(config, CompacterConfig) else CompacterConfig()
-    found |= {name: getattr(phm, name) for name in _COMPACTER}
+    found |= {name: getattr(phm, name) for name in COMPACTER}
     # how theirs would start them, and that they are trained
     starts = {"phm_c_init": "normal", "hypercomplex_nonlinearity": "glorot-uniform", "learn_phm": True}
     return found | starts
