@@ -52,7 +52,7 @@ def _of_types(interface: Interface) -> list[Scene]:
     refused: ConfigError | None = None
     for kind in interface.model_type or ():
         try:
-            scenes += _of_type(interface, kind)
+            scenes += of_type(interface, kind)
         except ConfigError as error:
             refused = refused or error
     if not scenes and refused is not None:
@@ -66,8 +66,12 @@ def _built(source: Any) -> Scene:
     return Scene(name, made.model, made.inputs)
 
 
-def _of_type(interface: Interface, kind: str) -> Iterator[Scene]:
-    """The base class; classes that the interface or its heads speak of; configs that its `when`s ask for."""
+def of_type(interface: Interface, kind: str) -> Iterator[Scene]:
+    """Scenes of one model type of an interface.
+
+    They are the base class, classes that the interface or its heads speak of, and configs that its `when`s
+    ask for.
+    """
     config = tiny.config_of(kind)
     base = tiny.build(config)
     yield Scene(type(base.model).__name__, base.model, base.inputs)
