@@ -22,10 +22,10 @@ from adapterkit.composition import (
     examples,
     names,
 )
-from adapterkit.composition.rules import blocks
+from adapterkit.composition.rules import blocks, first
 from adapterkit.errors import CompositionError, NotAttachedError, Problem
 from adapterkit.inject import entry, lanes
-from adapterkit.meaning import refuse_undefined, refuse_uneven
+from adapterkit.meaning import refuse_no_first, refuse_undefined, refuse_uneven
 from adapterkit.methods.base import Unit
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.prompt import Prompt
@@ -63,7 +63,7 @@ def programs(
     if setup is None:
         return {}
     kept = chosen_layers(blueprint, None, skip_layers) if skip_layers else None
-    compiler = _Compiler(adapters, kept)
+    compiler = _Compiler(adapters, kept, first(setup))
     steps = compiler.steps(setup)
     compiler.refuse_scattered(steps)
     for place, keys in compiler.helpers(setup).items():
@@ -93,9 +93,13 @@ def _batch(setup: Setup) -> Batch | None:
 class _Compiler:
     """Steps of a setup, from its leaves to its root."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], kept: set[tuple[str, int]] | None) -> None:
+    def __init__(
+        self, adapters: Mapping[str, Adapter], kept: set[tuple[str, int]] | None, first: str | None
+    ) -> None:
         self.adapters = adapters
         self.kept = kept
+        self.first = first
+        """Name of the adapter that acts first, on everything."""
         self.units: dict[tuple[str, str], tuple[Unit, Slot]] = {}
         """(path, key) of every unit that was met -> the unit and its slot."""
 
@@ -132,6 +136,9 @@ class _Compiler:
         for slot in adapter.plan.slots:
             if self.kept is None or slot.layer is None or (slot.stack, slot.layer) in self.kept:
                 unit = adapter.units[slot.address]
+                if unit.first_only and adapter.name != self.first:
+                    refuse_no_first(self.first, slot)
+                    continue
                 path, key = adapter.injection.by_address[slot.address]
                 self.units[path, key] = unit, slot
                 place = Place(path, unit.acts_on, unit.phase)

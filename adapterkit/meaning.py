@@ -39,6 +39,17 @@ def refuse_uneven(prompts: Iterable[tuple[Prompt, Slot]], lengths: Sequence[int]
             raise CompositionError(Problem("uneven-prompts", message, slot.address))
 
 
+def refuse_no_first(first: str | None, slot: Slot) -> None:
+    """Refuse a unit that acts only in the first adapter of a setup in which no adapter is that.
+
+    Raises: CompositionError.
+    """
+    if first is None:
+        message = "acts only where its adapter is the first of a setup, and here the first act side by side"
+        expected = "Stack(...) with adapters before all blocks, or the adapter attached with first_only=False"
+        raise CompositionError(Problem("undefined-block", message, slot.address, expected))
+
+
 def _problem(block: Block, unit: Unit, slot: Slot) -> Problem | None:
     word = type(block).__name__
     if isinstance(block, Split):

@@ -12,7 +12,7 @@ from adapterkit.composition.blocks import (
     Split,
     Stack,
 )
-from adapterkit.composition.rules import blocks, check, copies, examples, names
+from adapterkit.composition.rules import blocks, check, copies, examples, first, names
 from adapterkit.composition.text import from_dict, parse, read, to_dict
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "check",
     "copies",
     "examples",
+    "first",
     "from_dict",
     "names",
     "parse",

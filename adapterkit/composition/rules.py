@@ -45,6 +45,13 @@ def blocks(setup: Setup | None) -> Iterator[Block]:
             yield from blocks(child)
 
 
+def first(setup: Setup | None) -> str | None:
+    """The adapter that acts first, on everything; None if a part of the batch or sequence is all it gets."""
+    while isinstance(setup, Stack):
+        setup = setup.children[0]
+    return setup if isinstance(setup, str) else None
+
+
 def copies(setup: Setup | None) -> int:
     """How often the batch is repeated for a setup."""
     if isinstance(setup, Parallel):

@@ -42,6 +42,8 @@ class Unit(nn.Module, ABC):
     acts_on: ClassVar[Literal["held", "input", "output", "kernel"]] = "output"
     phase: ClassVar[int] = 0
     """Order among the units of one host: 0 changes the linear map, 2 the branch that it ends."""
+    first_only: bool = False
+    """It acts only where its adapter is the first of a setup."""
     per_position: bool = False
     """What it does at one position of an example depends on that position alone."""
     averages: ClassVar[bool] = True

@@ -37,6 +37,10 @@ class InvertibleConfig(MethodConfig):
     stacks: tuple[str, ...] | None = Field(
         default=None, description="stacks whose embeddings it follows; None: those that read no other stack"
     )
+    first_only: bool = Field(
+        default=False,
+        description="acts only where its adapter is the first of a setup, as in setups of AdapterHub",
+    )
 
     def model_post_init(self, context: Any) -> None:
         if self.non_linearity not in ACTIVATIONS:
@@ -81,9 +85,9 @@ class InvertibleConfig(MethodConfig):
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         if slot.role == "unembed":
             assert isinstance(shared, Couplings)
-            return Inverse(shared, slot.stack)
+            return Inverse(shared, slot.stack, self.first_only)
         assert isinstance(shared, Couplings)
-        return Forward(shared, slot.stack)
+        return Forward(shared, slot.stack, self.first_only)
 
     def share(self, slots: Sequence[Slot], generator: torch.Generator | None) -> Shared:
         return Couplings([slot for slot in slots if slot.role == "embeddings"], self, generator)
@@ -204,11 +208,12 @@ class _End(Unmergeable):
     averages = False  # a mean of bijections may be none
     reason = "a bijection of embeddings is no change of a weight"
 
-    def __init__(self, couplings: Couplings, stack: str) -> None:
+    def __init__(self, couplings: Couplings, stack: str, first_only: bool = False) -> None:
         super().__init__()
         # in a tuple, so that the couplings are registered at their owner alone
         self.owner = (couplings,)
         self.stack = stack
+        self.first_only = first_only
 
     @property
     def coupling(self) -> Coupling:

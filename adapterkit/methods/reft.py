@@ -38,6 +38,10 @@ class ReFTConfig(MethodConfig):
         default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
     )
     leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
+    first_only: bool = Field(
+        default=False,
+        description="acts only where its adapter is the first of a setup, as in setups of AdapterHub",
+    )
 
     def model_post_init(self, context: Any) -> None:
         if not self.prefix_positions and not self.suffix_positions:
@@ -133,6 +137,7 @@ class ReFT(Unmergeable):
         d_model = (slot.shape or (1, 1))[0]
         self.stack = slot.stack
         self.config = config
+        self.first_only = config.first_only
         if config.prefix_positions:
             self.prefix = Intervention(d_model, config, generator)
         if config.suffix_positions and not (config.tied_weights and config.prefix_positions):

@@ -102,10 +102,8 @@ def refusal(case: Case) -> str | None:
         return "not-reproducible"  # masks behind the place of the prompt, or prompts that attend to padding
     if case.family == "whisper" and case.name.startswith("seq_bn_inv"):
         return "not-reproducible"  # theirs is not behind the embeddings, but behind the whole encoder
-    if re.fullmatch(r"stack_inv|stack_(.*_)?reft|.*_prefix_len", case.name):
-        return (
-            "not-reproducible"  # theirs takes that of the first adapter alone, or fills shorter prefixes up
-        )
+    if case.name.endswith("_prefix_len"):
+        return "not-reproducible"  # theirs lets every token attend to what it fills shorter prefixes up with
     if case.family == "encoder-decoder" and case.name == "stack_parallel":
         return "not-reproducible"  # theirs repeats the batch twice
     if case.name == "fuse_stacks":

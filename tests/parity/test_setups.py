@@ -13,7 +13,7 @@ from adapterkit.errors import FileFormatError
 from adapterkit.files.adapterhub.setup import refusals
 from adapterkit.files.content import Content
 from adapterkit.methods.names import parse
-from tests.parity.compare import base, setup_directory
+from tests.parity.compare import base, loaded, setup_directory
 from tests.parity.recordings import COMPACT, Case
 
 REFUSED: list[tuple[Any, tuple[str, ...], str]] = [
@@ -21,9 +21,9 @@ REFUSED: list[tuple[Any, tuple[str, ...], str]] = [
     (ak.Stack("a", "b"), ("lora", "dora"), "one LoRA to the next"),
     (ak.Stack("a", "b"), ("seq_bn", "par_bn"), "mixes parallel"),
     (ak.Parallel("a", "b"), ("prefix_tuning[prefix_length=3]", "prefix_tuning"), "shorter prefixes"),
-    (ak.Stack("a", "b"), ("seq_bn", "noreft"), "not those of 'b'"),
+    (ak.Stack("a", "b"), ("seq_bn", "prompt_tuning"), "not those of 'b'"),
     (ak.BatchSplit("a", "b", batch_sizes=[1, 1]), ("loreft", "lora"), "not those of 'a'"),
-    (ak.Stack("a", "b"), ("seq_bn_inv", "seq_bn_inv"), "not those of 'b'"),
+    (ak.Parallel("a", "b"), ("seq_bn_inv", "seq_bn"), "not those of 'a'"),
     (ak.Parallel("a", "b"), ("seq_bn", "double_seq_bn"), "alike"),
     (ak.Stack("a", "b"), ("seq_bn", "seq_bn[original_ln_after=false]"), "alike"),
 ]
@@ -41,6 +41,8 @@ def test_what_is_the_same_is_not_refused() -> None:
     for setup, methods in (
         (ak.Stack("a", "b"), ("ia3", "ia3")),
         (ak.Stack("a", "b"), ("seq_bn_inv", "double_seq_bn")),
+        (ak.Stack("a", "b"), ("seq_bn_inv", "seq_bn_inv")),
+        (ak.Stack("a", "b"), ("seq_bn", "noreft")),
         (ak.Parallel("a", "b"), ("lora", "lora")),
         (ak.Stack("a", "b"), ("prefix_tuning[prefix_length=3]", "prefix_tuning")),
     ):
@@ -60,6 +62,16 @@ def test_the_residual_that_is_added_twice_is_an_option(tmp_path: Path) -> None:
     options = {name: getattr(kit[name].config, "original_ln_first", None) for name in kit}
     assert options == {"a": True, "b": False, "c": False}
     assert kit.active == ak.Parallel(ak.Stack("a", "b"), "c")
+
+
+def test_what_acts_in_the_first_adapter_alone_is_an_option(tmp_path: Path) -> None:
+    case = Case(COMPACT, "bert", "BertModel", "stack_seq_bn_prefix_reft")
+    kit = loaded(case, base(case, "eager"), tmp_path)
+    assert [getattr(kit[name].config, "first_only", None) for name in "abc"] == [None, None, True]
+    case = Case(COMPACT, "bert", "BertModel", "stack_inv")
+    kit = loaded(case, base(case, "eager"), tmp_path)
+    options = {name: [getattr(c, "first_only", None) for c in kit[name].config.configs] for name in "ab"}
+    assert options == {"a": [None, False], "b": [None, True]}
 
 
 def block(word: str, *children: Any) -> dict[str, Any]:

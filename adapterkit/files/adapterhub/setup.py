@@ -16,6 +16,7 @@ from adapterkit.composition import (
     Setup,
     Stack,
     blocks,
+    first,
     from_dict,
     names,
 )
@@ -38,8 +39,8 @@ from adapterkit.model.blueprint import Blueprint
 CONFIG = "adapter_setup.json"
 _LOW_RANK = (LoRAConfig, MTLLoRAConfig, VeRAConfig)
 Methods = Mapping[str, tuple[MethodConfig, ...]]
-_FIRST_ONLY = (ReFTConfig, InvertibleConfig, PromptTuningConfig)
-"""Of these, theirs runs the one of the first adapter of a setup, for all examples, and no other."""
+_FIRST_ONLY = (ReFTConfig, InvertibleConfig)
+"""Of these and of prompts, theirs runs that of the first adapter, for all examples, and no other."""
 
 
 def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Bundle:
@@ -65,7 +66,7 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Bundle:
         problems = [*refusals(setup, contents), *_in_parts(setup, blueprint)]
         if problems:
             raise FileFormatError(problems)
-        contents = repeated(setup, contents)
+        contents = idle(setup, repeated(setup, contents))
     except FileFormatError as error:
         raise FileFormatError(replace(problem, file=str(file)) for problem in error.problems) from None
     if data.get("head_setup"):
@@ -121,11 +122,24 @@ def refusals(setup: Setup, contents: Mapping[str, Content]) -> Iterator[Problem]
             yield _problem(f"{word} of AdapterHub does not compute a Fuse")
     whole = first(setup)
     for name, own in methods.items():
-        if name != whole and any(isinstance(method, _FIRST_ONLY) for method in own):
-            message = (
-                f"AdapterHub computes ReFT, prompts and invertible adapters of {first(setup, True)!r} alone"
-            )
+        kinds = (PromptTuningConfig,) if whole else (PromptTuningConfig, *_FIRST_ONLY)
+        if name != whole and any(isinstance(method, kinds) for method in own):
+            message = f"AdapterHub computes ReFT, prompts and invertible adapters of {_leader(setup)!r} alone"
             yield _problem(f"{message}, not those of {name!r}")
+
+
+def idle(setup: Setup, contents: Mapping[str, Content]) -> dict[str, Content]:
+    """The adapters with the option that lets a method act in the first alone, where another is the first."""
+    return {
+        name: content if name == first(setup) else replace(content, config=_first_only(content.config))
+        for name, content in contents.items()
+    }
+
+
+def _first_only(config: MethodConfig) -> MethodConfig:
+    if isinstance(config, UnionConfig):
+        return config.replace(configs=tuple(map(_first_only, config.configs)))
+    return config.replace(first_only=True) if isinstance(config, _FIRST_ONLY) else config
 
 
 def _around(block: Block, configs: list[BottleneckConfig]) -> Iterator[Problem]:
@@ -195,11 +209,9 @@ def _first(config: MethodConfig) -> MethodConfig:
     return config.replace(original_ln_first=True) if isinstance(config, BottleneckConfig) else config
 
 
-def first(setup: Setup, anywhere: bool = False) -> str | None:
-    """The first adapter; none if it acts on a part of the examples only, but `anywhere`."""
+def _leader(setup: Setup) -> str:
+    """The first adapter of all, wherever it acts."""
     while isinstance(setup, Block):
-        if not anywhere and not isinstance(setup, Stack):
-            return None
         setup = setup.children[0]
     return setup
 

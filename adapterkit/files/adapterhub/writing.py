@@ -36,6 +36,8 @@ VERSION = "adapters.1.3.0"
 _FIRST = 2.0**20
 """Numbers from here on name places; smaller ones are constants that the reader puts in."""
 _SELECTING = {"targets", "locations", "layers", "leave_out", "encoder_prefix", "cross_prefix", "stacks"}
+_TOGETHER = {"first_only"}
+"""What every adapter of theirs does in a setup with others."""
 _STARTING = {"init", "init_weights", "init_text_ids", "random_uniform_scale", "d_initial", "phm_init_range"}
 _DERIVED = {"r", "alpha", "rslora", "sides", "reduction_factor", "orthogonal"}
 
@@ -212,7 +214,7 @@ def _behaviour(config: MethodConfig, slots: Sequence[Slot]) -> dict[str, Any]:
         for index, (method, own) in enumerate(config.members(slots)):
             found |= {f"{index}:{name}": value for name, value in _behaviour(method, own).items()}
         return found
-    told = config.model_dump(exclude=_SELECTING | _STARTING | _DERIVED)
+    told = config.model_dump(exclude=_SELECTING | _STARTING | _DERIVED | _TOGETHER)
     for slot in slots:
         if isinstance(config, LoRAConfig):
             gated = config.gating
