@@ -45,8 +45,13 @@ def embeds_at(blueprint: Blueprint, stack: str) -> Slot | None:
 class Acting:
     """The prompt that acts at a stack, asked for at the module that keeps its vectors."""
 
-    def __init__(self, module: nn.Module, stack: str, offset: int) -> None:
+    def __init__(self, module: nn.Module, stack: str, offset: int, before_padding: bool) -> None:
         self.module, self.stack, self.offset = module, stack, offset
+        self.before_padding = before_padding
+
+    def index(self, mask: torch.Tensor | None, hides: bool) -> Index:
+        """Where the prompt goes in a sequence with this mask (B, T)."""
+        return self.offset if self.before_padding else start(mask, self.offset, hides)
 
     @property
     def count(self) -> int:
@@ -93,7 +98,7 @@ class Widen(nn.Module):
 
     Under a cache, the first step alone has room in it; later ones see the prompt among the keys, so that the
     mask is widened in every step and positions are moved. Real tokens keep their order; the prompt is put
-    behind the padding on the left.
+    behind the padding on the left, or before it: then the model counts positions by itself, padding included.
     Raises: PlanError: there is a mask of another form than (B, T), or no position embedding for so many.
     """
 
@@ -121,7 +126,7 @@ class Widen(nn.Module):
         rows, length = tokens.shape[:2]
         count = self.acting.count
         mask = self._mask(given)
-        index = start(mask, self.offset, names.mask_hides)
+        index = self.acting.index(mask, names.mask_hides)
         fresh, total = not past, (past or count) + length
         if self.limit is not None and total > self.limit:
             message = f"a prompt of {count} and {total - count} tokens, but {self.limit} positions"
@@ -131,8 +136,9 @@ class Widen(nn.Module):
         flow[key(self.stack)] = Span(index, count, total, fresh)
         if not self.move:
             return (), given
-        positions = self._positions(given, ids if embeds is None else None, past)
-        if positions is not None:
+        if self.acting.before_padding:
+            given.pop(names.positions or "", None)
+        elif (positions := self._positions(given, ids if embeds is None else None, past)) is not None:
             moved = shifted(positions, index, count, self.offset, rows) if fresh else positions + count
             given[str(names.positions)] = moved
         if not fresh:
@@ -234,7 +240,7 @@ class WidenLayer(nn.Module):
             message = f"{name!r} is no mask (B, T), so that it cannot be widened for a prompt"
             raise PlanError(Problem("unfit-input", message, self.stack))
         shown = whole if is_made else mask
-        index, count = start(shown, self.acting.offset, self.hides), self.acting.count
+        index, count = self.acting.index(shown, self.hides), self.acting.count
         length = next(iter(given.values())).shape[1]
         flow[key(self.stack)] = Span(index, count, length + count * self.is_first)
         if is_made and mask is not None:
@@ -299,7 +305,7 @@ class WidenRead(nn.Module):
         states, mask = given.get(self.states), given.get(self.mask)
         count = self.acting.count
         if states is not None and mask is not None and mask.shape[-1] + count == states.shape[1]:
-            index = start(mask, self.acting.offset, self.hides)
+            index = self.acting.index(mask, self.hides)
             given[self.mask] = widened(mask, count, index, self.hides)
         return (), given
 

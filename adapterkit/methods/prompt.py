@@ -48,6 +48,11 @@ class PromptTuningConfig(MethodConfig):
     keep_positions: bool = Field(
         default=False, description="outputs keep the prompt's positions, and poolers and heads read them"
     )
+    before_padding: bool = Field(
+        default=False,
+        description="before padding on the left, which then counts among the positions, whatever positions "
+        "are given; as in files of PEFT",
+    )
     stacks: Words | None = Field(
         default=None, description="stacks that get a prompt; None: those that read no other"
     )
@@ -55,6 +60,8 @@ class PromptTuningConfig(MethodConfig):
     def model_post_init(self, context: Any) -> None:
         if (self.init == "from_text") != bool(self.init_text_ids):
             raise ValueError("init='from_text' and init_text_ids need each other")
+        if self.before_padding and (self.position, self.insert) != ("before", "embeds"):
+            raise ValueError("before_padding goes with position='before' and insert='embeds'")
 
     def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
         return {f"{stack}.prompt": _host(blueprint, stack, self) for stack in blueprint.stacks}
@@ -96,7 +103,7 @@ class Prompt(Unmergeable):
     def __init__(self, slot: Slot, config: PromptTuningConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         self.stack = slot.stack
-        self.place = (slot.path, config.position, config.keep_positions)
+        self.place = (slot.path, config.position, config.keep_positions, config.before_padding)
         """Prompts of one stack that act together are put in at the same place."""
         width = (slot.shape or (1, 1))[0]
         self.embeds = nn.Parameter(torch.empty(config.prompt_length, width))
@@ -106,10 +113,6 @@ class Prompt(Unmergeable):
                 self.embeds.uniform_(-scale, scale, generator=generator)
             elif not self.embeds.is_meta:
                 self.embeds.copy_(_rows(slot, config, generator))
-
-
-def _offset(config: PromptTuningConfig) -> int:
-    return int(config.position == "after_first")
 
 
 def _rows(slot: Slot, config: PromptTuningConfig, generator: torch.Generator | None) -> torch.Tensor:
@@ -167,9 +170,11 @@ def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
 
 def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> list[Helper]:
     """What makes room for the prompt of a stack, and what takes its positions out again."""
-    stack, acting = slot.stack, entering.Acting(slot.module, slot.stack, _offset(config))
+    stack = slot.stack
+    acting = entering.Acting(slot.module, stack, int(config.position == "after_first"), config.before_padding)
     info, places = blueprint.stacks[stack], blueprint.places
-    entry, own = entry_place(blueprint, stack), _key("prompt", stack, config.position, config.insert)
+    placed = "before_padding" if config.before_padding else config.position
+    entry, own = entry_place(blueprint, stack), _key("prompt", stack, placed, config.insert)
     found = []
 
     def add(place: Slot | None, word: str, make: Callable[[], nn.Module], acts_on: Any = "entry") -> None:

@@ -96,13 +96,21 @@ def test_the_same_modules_are_feedforward(modules: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "config"), [("LORA", peft.LoraConfig), ("IA3", peft.IA3Config), ("VERA", peft.VeraConfig)]
+    ("kind", "config", "given"),
+    [
+        ("LORA", peft.LoraConfig, {"target_modules": ["q"]}),
+        ("IA3", peft.IA3Config, {"target_modules": ["q"]}),
+        ("VERA", peft.VeraConfig, {"target_modules": ["q"]}),
+        ("PROMPT_TUNING", peft.PromptTuningConfig, {"num_virtual_tokens": 2}),
+    ],
 )
-def test_every_field_of_this_peft_is_judged(kind: str, config: type, tmp_path: Path) -> None:
+def test_every_field_of_this_peft_is_judged(
+    kind: str, config: type, given: dict[str, Any], tmp_path: Path
+) -> None:
     honoured = set(TYPES[kind].model_fields)
     fields = {field.name for field in dataclasses.fields(config)}
     assert fields <= honoured | IDLE | REFUSED.keys()
-    config(target_modules=["q"]).save_pretrained(tmp_path)
+    config(**given).save_pretrained(tmp_path)
     assert parse(said(tmp_path), "").peft_type == kind
 
 

@@ -59,7 +59,6 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "target_modules": ("bad-file", "(query"),
     "peft_type": ("peft-type", "ADALORA"),
 }
-PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING")
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +84,9 @@ def test_a_field_that_cannot_be_honoured(field: str, code: str, value: Any, copi
     assert field in str(error)
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
-def test_prompts_and_prefixes_of_peft(kind: str, tmp_path: Path) -> None:
+def test_prefixes_of_peft(tmp_path: Path) -> None:
     """Not the same numbers here: see `docs/errors.md`."""
-    configs = {"PREFIX_TUNING": peft.PrefixTuningConfig, "PROMPT_TUNING": peft.PromptTuningConfig}
-    config = configs[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft.get_peft_model(build("llama", "LlamaForCausalLM"), config).save_pretrained(tmp_path / "theirs")
     assert codes(refused(tmp_path / "theirs", "llama", "LlamaForCausalLM")) == {"peft-prompt"}
 

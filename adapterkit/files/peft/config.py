@@ -108,13 +108,27 @@ class VeRAFile(PeftFile):
     d_initial: float = 0.1
 
 
-TYPES: dict[str, type[PeftFile]] = {"LORA": LoRAFile, "IA3": IA3File, "VERA": VeRAFile}
+class PromptFile(PeftFile):
+    """Fields of prompt tuning."""
+
+    task_type: str | None = None
+    num_virtual_tokens: int = Field(ge=1)
+    num_transformer_submodules: int | None = None
+
+
+TYPES: dict[str, type[PeftFile]] = {
+    "LORA": LoRAFile,
+    "IA3": IA3File,
+    "VERA": VeRAFile,
+    "PROMPT_TUNING": PromptFile,
+}
 
 # how the file came to be, or what only other fields make use of
 IDLE = frozenset(
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode fan_in_fan_out "
     "runtime_config megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config "
-    "init_ia3_weights init_weights projection_prng_key save_projection".split()
+    "init_ia3_weights init_weights projection_prng_key save_projection token_dim num_attention_heads "
+    "num_layers prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
 )
 _EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 
@@ -157,11 +171,7 @@ REFUSED: dict[str, _Rule] = {
 }
 
 
-PROMPTS = {
-    "PREFIX_TUNING": "PEFT's prefix is a cache, which moves the positions of all tokens by its length",
-    "PROMPT_TUNING": "PEFT's prompt stands before the padding on the left, and poolers and outputs see it",
-}
-"""Types that add positions -> in what PEFT's differ from ours."""
+PREFIX_MOVES = "PEFT's prefix is a cache, which moves the positions of all tokens by its length"
 
 
 def parse(data: Mapping[str, Any], file: str) -> PeftFile:
@@ -170,8 +180,8 @@ def parse(data: Mapping[str, Any], file: str) -> PeftFile:
     Raises: FileFormatError: another type, wrong values, fields that cannot be honoured; all of them at once.
     """
     kind = data.get("peft_type")
-    if kind in PROMPTS:
-        raise FileFormatError(Problem("peft-prompt", PROMPTS[str(kind)], "peft_type", file=file))
+    if kind == "PREFIX_TUNING":
+        raise FileFormatError(Problem("peft-prompt", PREFIX_MOVES, "peft_type", file=file))
     if kind not in TYPES:
         message = f"holds an adapter of type {str(kind)!r}"
         raise FileFormatError(

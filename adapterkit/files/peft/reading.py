@@ -13,7 +13,8 @@ import torch
 from adapterkit.errors import FileFormatError, Problem, did_you_mean
 from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors
-from adapterkit.files.peft.config import CONFIG, IA3File, LoRAFile, PeftFile, VeRAFile, parse
+from adapterkit.files.peft import prompt
+from adapterkit.files.peft.config import CONFIG, IA3File, LoRAFile, PeftFile, PromptFile, VeRAFile, parse
 from adapterkit.files.peft.names import hosts, known, lookup, refuse_unnamed
 from adapterkit.files.peft.saved import take_modules
 from adapterkit.methods.base import MethodConfig
@@ -73,9 +74,10 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     tensors = read_tensors(directory / (WEIGHTS_BIN if only_bin else WEIGHTS), allow_bin)
     # PEFT computes in float32 where a file has half precision
     half = {key for key, value in tensors.items() if value.is_floating_point() and value.element_size() < 4}
-    units, rest = _split(
-        {key: value.float() if key in half else value for key, value in tensors.items()}, source
-    )
+    tensors = {key: value.float() if key in half else value for key, value in tensors.items()}
+    if isinstance(said, PromptFile):
+        return prompt.content(said, tensors, blueprint, source, data)
+    units, rest = _split(tensors, source)
     placed = _place(units, said, blueprint, source)
     found = _Found(
         said, {s: p for p, s in placed.items()}, {s: units[p] for p, s in placed.items()}, rest, source

@@ -16,7 +16,8 @@ from adapterkit.adapter import Adapter
 from adapterkit.errors import FileFormatError, Problem, listing
 from adapterkit.files.disk import to_json, write_directory
 from adapterkit.files.native import base_model
-from adapterkit.files.peft.config import CONFIG, PROMPTS
+from adapterkit.files.peft import prompt
+from adapterkit.files.peft.config import CONFIG, PREFIX_MOVES
 from adapterkit.files.peft.names import refuse_unnamed
 from adapterkit.files.peft.reading import PREFIX, WEIGHTS
 from adapterkit.files.peft.saved import give_modules, own_modules
@@ -50,12 +51,16 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
     """
     file = str(directory)
     refuse_unnamed(blueprint, file)
+    if isinstance(adapter.config, PromptTuningConfig):
+        vectors, fields = prompt.written(adapter, blueprint, file)
+        return write_directory(directory, {WEIGHTS: vectors}, {CONFIG: to_json(_common(blueprint) | fields)})
+    if isinstance(adapter.config, PrefixTuningConfig):
+        expected = "adapterkit's own format"
+        raise FileFormatError(Problem("peft-prompt", PREFIX_MOVES, expected=expected, file=file))
     writer = next((w for config, w in _METHODS.items() if type(adapter.config) is config), None)
-    if isinstance(adapter.config, PrefixTuningConfig | PromptTuningConfig):
-        why = PROMPTS[adapter.config.method.upper()]
-        raise FileFormatError(Problem("peft-prompt", why, expected="adapterkit's own format", file=file))
     if writer is None:
-        expected = f"one of {listing(config.method for config in _METHODS)}, or adapterkit's own format"
+        known = [*(config.method for config in _METHODS), PromptTuningConfig.method]
+        expected = f"one of {listing(known)}, or adapterkit's own format"
         raise FileFormatError(
             Problem("peft-method", f"PEFT has no {adapter.config.method}", "", expected, file=file)
         )
@@ -64,22 +69,32 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
         units.setdefault(slot.path, []).append((slot, adapter.units[slot.address]))
     saved, modules = give_modules(adapter, blueprint, head, file)
     said = writer(adapter, units, file)
+    config = (
+        _common(blueprint)
+        | {
+            "target_modules": exactly(units, [path for path, _ in own_modules(blueprint.model)], dotted=True),
+            "modules_to_save": list(saved) or None,
+            # Conv1D keeps its weight transposed; PEFT sees that for itself, but warns if this does not say so
+            "fan_in_fan_out": all(slot.transposed for slot in adapter.plan.slots),
+        }
+        | said.fields
+    )
+    tensors = {f"{PREFIX}{key}": value for key, value in (said.tensors | modules).items()}
+    if isinstance(adapter.config, VeRAConfig) and adapter.shared is not None:
+        tensors |= {f"base_model.vera_{name}": value for name, value in adapter.shared.state_dict().items()}
+    return write_directory(directory, {WEIGHTS: tensors}, {CONFIG: to_json(config)})
+
+
+def _common(blueprint: Blueprint) -> dict[str, Any]:
+    """Fields that every type has."""
     known = base_model(blueprint.model)
-    config = {
+    return {
         "auto_mapping": None,
         "base_model_name_or_path": known["id"],
         "revision": known["revision"],
         "task_type": None,
         "inference_mode": True,
-        "target_modules": exactly(units, [path for path, _ in own_modules(blueprint.model)], dotted=True),
-        "modules_to_save": list(saved) or None,
-        # Conv1D keeps its weight transposed; PEFT sees that for itself, but warns where this does not say so
-        "fan_in_fan_out": all(slot.transposed for slot in adapter.plan.slots),
-    } | said.fields
-    tensors = {f"{PREFIX}{key}": value for key, value in (said.tensors | modules).items()}
-    if isinstance(adapter.config, VeRAConfig) and adapter.shared is not None:
-        tensors |= {f"base_model.vera_{name}": value for name, value in adapter.shared.state_dict().items()}
-    return write_directory(directory, {WEIGHTS: tensors}, {CONFIG: to_json(config)})
+    }
 
 
 def exactly(wanted: Iterable[str], among: Iterable[str], *, dotted: bool) -> list[str] | str:
