@@ -33,7 +33,7 @@ class ReFTConfig(MethodConfig):
     )
     tied_weights: bool = Field(default=False, description="one intervention for prefix and suffix")
     non_linearity: str | None = Field(default=None, description="activation of the learned source")
-    dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on the result, in training")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on edited states, in training")
     layers: Layers | None = Field(
         default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
     )
@@ -81,6 +81,7 @@ class Intervention(nn.Module):
 
     Source: Wu et al. 2024, arXiv:2404.03592, eq. 2 (LoReFT: orthonormal R); NoReFT lets R be any matrix,
     DiReFT (eq. 3) also leaves out R h.
+    Dropout is on the result, so that states which nothing edits have none; as in the authors' code.
     Shapes: h (..., D) -> (..., D); R `projection` (R, D), W and b `source` (R, D), (R,).
     """
 
@@ -89,6 +90,7 @@ class Intervention(nn.Module):
         self.subtract = config.subtract_projection
         self.act = None if config.non_linearity is None else ACTIVATIONS[config.non_linearity]
         self.orthogonal = config.orthogonal
+        self.dropout = config.dropout
         self.source = nn.Linear(d_model, config.r)
         self.projection = nn.Parameter(torch.empty(config.r, d_model))
         bound = d_model**-0.5
@@ -117,7 +119,8 @@ class Intervention(nn.Module):
         source = source if self.act is None else self.act(source)
         if self.subtract:
             source = source - F.linear(h, rows)
-        return h + source @ rows
+        edited = h + source @ rows
+        return F.dropout(edited, self.dropout) if self.training and self.dropout else edited
 
 
 class ReFT(Unmergeable):
@@ -161,8 +164,6 @@ class ReFT(Unmergeable):
             count = min(config.suffix_positions, length)
             unit = self.prefix if config.tied_weights and config.prefix_positions else self.suffix
             result = edit(h, result, unit, torch.maximum(end - count, begin), begin, end, count)
-        if self.training and config.dropout:
-            result = F.dropout(result, config.dropout)
         return with_first(out, result)
 
 

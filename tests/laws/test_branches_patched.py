@@ -179,6 +179,38 @@ def patched(model: nn.Module, row: str, kit: ak.Kit, form: Form) -> nn.Module:
     return model
 
 
+def patch_one_after_the_other(layer: Any, act: Act) -> None:
+    """A parallel block in which the second adapter takes the stream with the first one's result for x."""
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        h = self.self_attn(hidden_states=normed, **kwargs)[0]
+        return act("mlp", self.mlp(normed), act("attention", h, hidden_states, plain), plain)
+
+    layer.forward = MethodType(forward, layer)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_residual_of_a_parallel_block_may_be_chained(variant: str, monkeypatch: Any) -> None:
+    """`residual="chained"`, as in files of AdapterHub: each half as if alone, one behind the other."""
+    options, form = VARIANTS[variant]
+    monkeypatch.setitem(FAMILIES, "phi", (patch_one_after_the_other, *FAMILIES["phi"][1:]))
+    config = {
+        "method": "bottleneck",
+        "reduction_factor": 4,
+        "non_linearity": "gelu",
+        "scaling": 0.7,
+        **options,
+    }
+    model, other = (tiny.build("phi", dtype=torch.float64) for _ in range(2))
+    given = tiny.inputs("phi", padded=False)
+    kit = ak.attach(model, {**config, "residual": "chained"}, seed=0)
+    randomise(kit)
+    found, expected = run(model, given), run(patched(other, "phi", kit, form), given)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert kit._runtime.override.flow == {}
+
+
 CASES = [(row, {}) for row in FAMILIES if row != "xmod"]
 CASES += [("xmod", {"pre_norm": pre}) for pre in (False, True)]
 CASES += [("xmod", {"adapter_reuse_layer_norm": False}), ("xmod", {"adapter_layer_norm": True})]

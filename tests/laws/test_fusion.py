@@ -24,7 +24,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "parallel": {"is_parallel": True, "scaling": 2.0},
     "plus": {"original_ln_before": True, "original_ln_after": False, "residual_before_ln": False},
 }
-CONFIGS: list[Any] = ["dynamic", "static", {"query_before_ln": True, "residual_before": True}]
+CONFIGS: list[Any] = [
+    "dynamic",
+    "static",
+    {"query_before_ln": True, "residual_before": True},
+    {"adds_stream": True},
+]
 
 
 def fused(model: nn.Module, options: dict[str, Any], config: Any = "dynamic", names: str = "ab") -> ak.Kit:
@@ -64,7 +69,11 @@ def test_a_fusion_equals_a_forward_that_was_written_by_hand(row: str, kind: str,
             outputs = [bottleneck.update(z, t, "gelu", options.get("scaling", 1.0)) for t in children]
             more = dict(config) if isinstance(config, dict) else {}
             query = h if more.pop("query_before_ln", False) else z
+            # of parallel adapters: the stream is the residual, and the branch is added behind
+            beside = h if more.pop("adds_stream", False) and options.get("is_parallel") else None
+            residual = residual if beside is None else x
             out, weights[start[:-1]] = fusion.fuse(query, outputs, residual, own, **more)
+            out = out if beside is None else out + beside
             return norm(out + x) if options.get("original_ln_after", True) else out
 
         return act
@@ -128,6 +137,12 @@ def refused(kind: type[AdapterkitError], code: str, call: Any, *args: Any, **opt
     with pytest.raises(kind) as error:
         call(*args, **options)
     assert error.value.code == code
+
+
+@pytest.mark.parametrize("config", ["static", {"regularization": False}], ids=str)
+def test_values_that_nothing_holds_have_no_loss(config: Any) -> None:
+    kit = fused(tiny.build("bert"), KINDS["mlp"], config)
+    refused(ConfigError, "bad-option", kit.fusion_loss)
 
 
 def test_what_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -173,6 +174,57 @@ def test_parallel(norms: dict[str, bool], post: bool) -> None:
     check({"is_parallel": True, "original_ln_after": False, **norms}, post)
 
 
+ODD = pytest.mark.parametrize(
+    "norms", [OWN_NORMS[0], OWN_NORMS[3], OWN_NORMS[4]], ids=lambda norms: "+".join(norms) or "no-norms"
+)
+
+
+@POST
+@ODD
+def test_branch_and_residual_may_change_places(norms: dict[str, bool], post: bool) -> None:
+    """`swapped` is the sublayer with h for x and x for h."""
+    for options in (*FORMS, {"is_parallel": True}, {"is_parallel": True, "original_ln_after": False}):
+        layer, x = Layer(post), tokens()
+        h = layer.branch(x)
+        given = {**options, **norms}
+        unit = built({"method": "bottleneck", "reduction_factor": 4, "swapped": True, **given}, branch(layer))
+        close(run(layer, unit, x), bottleneck.sublayer(x, h, tensors(unit), form(given), layer.add))
+
+
+@POST
+@ODD
+def test_the_branch_may_first_be_replaced_by_its_sum(norms: dict[str, bool], post: bool) -> None:
+    """`original_ln_first` is the sublayer that gives the sum with x (normed where the model does) for h."""
+    for options in FORMS:
+        layer, x = Layer(post), tokens()
+        total = layer.add(layer.branch(x), x)
+        given = {**options, **norms}
+        unit = built(
+            {"method": "bottleneck", "reduction_factor": 4, "original_ln_first": True, **given}, branch(layer)
+        )
+        close(run(layer, unit, x), bottleneck.sublayer(total, x, tensors(unit), form(given), layer.add))
+
+
+@POST
+@ODD
+def test_the_residual_may_be_the_normed_input(norms: dict[str, bool], post: bool) -> None:
+    """`residual="input"` reads what the first projection reads; the model still adds the stream."""
+    layer, x = Layer(post), tokens()
+    h, normed = layer.branch(x), layer.before(x)
+    for options in [*(o for o in FORMS if o["original_ln_after"]), {"is_parallel": True}]:
+        given = {**options, **norms}
+        unit = built(
+            {"method": "bottleneck", "reduction_factor": 4, "residual": "input", **given}, branch(layer)
+        )
+        own = replace(form(given), model_adds=False)
+        close(
+            run(layer, unit, x), layer.add(bottleneck.sublayer(h, normed, tensors(unit), own, layer.add), x)
+        )
+    with pytest.raises(PlanError) as refused:
+        built({"method": "bottleneck", "residual": "input", "original_ln_after": False}, branch(layer))
+    assert refused.value.code == "no-own-sum"
+
+
 @pytest.mark.parametrize("scaling", [0.5, 4, "learned", "channel"])
 @pytest.mark.parametrize("is_parallel", [True, False])
 def test_scaling(scaling: Any, is_parallel: bool) -> None:
@@ -275,6 +327,16 @@ def _phm(linear: Any, x: Tensor) -> Tensor:
     return compacter.phm(x, tensors(rule), tensors(factors), linear.bias.detach())
 
 
+def test_rules_start_with_the_spread_that_is_asked_for() -> None:
+    place = branch(Layer(True))
+    for spread in (1e-4, 0.5):
+        config = parse(
+            {"method": "compacter", "phm_dim": 12, "reduction_factor": 1, "phm_init_range": spread}
+        )
+        shared: Any = config.share([place], torch.Generator().manual_seed(0))
+        assert abs(shared.rule.rule.std() / spread - 1) < 0.1  # 1728 numbers
+
+
 def test_compacter_without_a_bias_and_with_widths_that_do_not_fit() -> None:
     place = branch(Layer(True))
     unit = built({"method": "compacter", "reduction_factor": 3, "phm_bias": False}, place)
@@ -326,6 +388,10 @@ def test_the_value_matrix_starts_near_the_identity() -> None:
     assert torch.equal(unit.value.weight, near) and unit.value.bias is None
     redraw(unit.double(), 6)
     close(unit.loss().detach(), torch.tensor(fusion.loss([unit.value.weight.detach()]), dtype=torch.float64))
+    plain: Any = parse({"method": "fusion", "children": ("a", "b"), "value_initialized": False}).build(
+        branch(Layer(True)), None, torch.Generator().manual_seed(0)
+    )
+    assert abs(plain.value.weight.std() / 0.02 - 1) < 0.2 and abs(plain.value.weight.diagonal()).max() < 0.1
 
 
 # ----------------------------------------------------------------------------------------------- invertible
@@ -389,6 +455,30 @@ def test_reft(kind: str, mask: Tensor | None, prefix: int, suffix: int, tied: bo
         activation = None if act is None else bottleneck.ACTIVATIONS[act]
         expected = reft.reft(h, mask, units, prefix, suffix, subtract=subtract, act=activation)
         close(_behind(unit, h, mask), expected)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_dropout_of_reft_is_on_what_it_edits(mask: Tensor | None) -> None:
+    """Positions that nothing edits pass unchanged; edited ones are zero, or the oracle's over 1 - p."""
+    place = Slot("encoder.0.layer", "layer", "encoder", 0, None, nn.Identity(), "0", (D, D))
+    unit = built(
+        {"method": "noreft", "r": 2, "prefix_positions": 2, "suffix_positions": 1, "dropout": 0.25}, place
+    )
+    units = {name: _intervention(unit, name, False) for name in ("prefix", "suffix")}
+    h = tokens()
+    expected = reft.reft(h, mask, units, 2, 1)
+    edited = (expected != h).any(-1)
+    assert edited.any() and not edited.all()
+    unit.train()
+    torch.manual_seed(0)
+    kept = total = 0
+    for _ in range(100):
+        found = _behind(unit, h, mask)
+        assert torch.equal(found[~edited], h[~edited])
+        alive = found[edited] != 0
+        close(found[edited][alive], expected[edited][alive] / 0.75)
+        kept, total = kept + int(alive.sum()), total + alive.numel()
+    assert abs(kept / total - 0.75) < 5 * (0.25 * 0.75 / total) ** 0.5
 
 
 def _intervention(unit: Any, name: str, orthogonal: bool) -> dict[str, Tensor] | None:
