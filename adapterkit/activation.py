@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from adapterkit import fusing
 from adapterkit.adapter import Adapter
 from adapterkit.composition import (
     Average,
@@ -156,10 +157,25 @@ class _Compiler:
             raise NotAttachedError(Problem("no-fusion", message, expected=f"kit.fuse({given}) first"))
         fusion = self.adapters[setup.name]
         config = fusion.config
-        if not isinstance(config, FusionConfig) or config.children != setup.children:
+        if not isinstance(config, FusionConfig) or config.children != setup.fused:
             message = f"{setup.name!r} does not hold the weights of {setup!r}"
             raise CompositionError(Problem("no-fusion", message))
-        return self._own(fusion)
+        found = self._own(fusion)
+        if setup.fused == setup.children:
+            return found
+        chains = fusing.members(setup, self.adapters)
+        for name in names(setup):
+            if name != setup.name:
+                self._own(self.adapters[name])  # so that all units are known
+        return {
+            place: tuple(
+                self._fused(place, chains[self.units[place.path, str(k)][1].address], k) for k in keys
+            )
+            for place, keys in found.items()
+        }
+
+    def _fused(self, place: Place, chains: tuple[tuple[str, ...], ...], key: Step) -> Lanes:
+        return self._lane(place, "fuse", chains, ())._replace(by=str(key))
 
     def _stacked(self, children: Sequence[Steps]) -> Steps:
         found: Steps = {}
@@ -188,7 +204,7 @@ class _Compiler:
     def _within(self, place: Place, steps: Iterable[Step]) -> Iterable[tuple[Unit, Slot]]:
         for step in steps:
             if isinstance(step, Lanes):
-                for lane in step.lanes:
+                for lane in (*step.lanes, (step.by,) if step.by else ()):
                     yield from self._within(place, lane)
             else:
                 yield self.units[place.path, step]

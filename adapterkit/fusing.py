@@ -1,4 +1,4 @@
-"""Fusions between the adapters of a kit: which branches they share, and the keys of their units."""
+"""Fusions between the adapters of a kit: which places they share, and the keys of their units."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from adapterkit.adapter import Adapter
-from adapterkit.composition import Fuse, Setup
-from adapterkit.errors import ConfigError, PlanError, Problem, did_you_mean, listing
+from adapterkit.composition import Block, Fuse, Setup
+from adapterkit.errors import CompositionError, ConfigError, PlanError, Problem, did_you_mean, listing
 from adapterkit.methods.bottleneck import Bottleneck
 from adapterkit.methods.fusion import PRESETS, Fusion, FusionConfig
 from adapterkit.methods.names import validate
@@ -18,7 +18,7 @@ from adapterkit.methods.names import validate
 def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> FusionConfig:
     """The config of a fusion of these adapters.
 
-    Raises: ConfigError: unknown preset or option. PlanError: they have no branch in common.
+    Raises: ConfigError: unknown preset or option. PlanError: they have no place in common.
     """
     if isinstance(config, str) and config not in PRESETS:
         hint = did_you_mean(config, PRESETS)
@@ -28,8 +28,8 @@ def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> F
     places = _common(adapters)
     if not places:
         names = listing(adapter.name for adapter in adapters)
-        message = f"{names} have no branch in common at which they could be fused"
-        expected = "bottleneck adapters at the same branches"
+        message = f"{names} have no place in common at which they could be fused"
+        expected = "bottlenecks at the same branches, or LoRAs without gates at the same targets"
         raise PlanError(Problem("nothing-selected", message, expected=expected))
     children = tuple(adapter.name for adapter in adapters)
     problems = [problem for adapter in adapters for problem in _left_out(adapter, places)]
@@ -39,7 +39,7 @@ def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> F
     if len(where) > 1:
         message = f"{listing(children)} act before and after the norm of the branch, not at one place"
         raise PlanError(Problem("nothing-selected", message, "branch", "the same `branch` for all"))
-    given = {"children": children, "places": places, "branch": where.pop()}
+    given = {"children": children, "places": places, **({"branch": where.pop()} if where else {})}
     made = validate(FusionConfig, {**options, **given})
     assert isinstance(made, FusionConfig)
     return made
@@ -51,23 +51,29 @@ def _bottlenecks(adapter: Adapter) -> dict[str, Bottleneck]:
 
 
 def _units(adapter: Adapter) -> dict[str, str]:
-    """Branch -> address of the adapter's bottleneck there."""
-    return {unit.branch: address for address, unit in _bottlenecks(adapter).items()}
+    """Place -> address of the adapter's unit that can be fused there: a bottleneck, an update of a weight."""
+    found: dict[str, str] = {}
+    for address, unit in adapter.units.items():
+        if isinstance(unit, Bottleneck):
+            found.setdefault(unit.branch, address)
+        elif unit.adds:
+            found.setdefault(address.partition(":")[2] or address, address)
+    return found
 
 
 def _common(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     first, *others = (_units(adapter) for adapter in adapters)
-    return tuple(branch for branch in first if all(branch in other for other in others))
+    return tuple(place for place in first if all(place in other for other in others))
 
 
 def _left_out(adapter: Adapter, places: Sequence[str]) -> list[Problem]:
-    """Units of an adapter that would silently not act in a fusion at these branches."""
-    fused = {address for branch, address in _units(adapter).items() if branch in places}
+    """Units of an adapter that would silently not act in a fusion at these places."""
+    fused = {address for place, address in _units(adapter).items() if place in places}
     rest = [address for address in adapter.units if address not in fused]
     if not rest:
         return []
     message = f"{adapter.name!r} also acts where there is no fusion: {listing(rest)}"
-    expected = "bottlenecks at the same branches and nothing else; Stack('x', Fuse(...)) for the rest"
+    expected = "the same places for all and nothing else; Stack('x', Fuse(...)) for the rest"
     return [Problem("not-fused", message, adapter.name, expected)]
 
 
@@ -107,26 +113,60 @@ def connect(fusion: Adapter, adapters: Mapping[str, Adapter]) -> None:
         for child in fusion.config.children:
             own = adapters.get(child)
             address = (
-                None if own is None else _units(own).get(unit.branch) if isinstance(unit, Fusion) else None
+                None if own is None else _units(own).get(unit.address) if isinstance(unit, Fusion) else None
             )
             if own is None or address is None:
-                message = f"fused adapter {child!r} is not attached at this branch"
-                problems.append(Problem("no-such-adapter", message, str(getattr(unit, "branch", ""))))
+                message = f"fused adapter {child!r} is not attached at this place"
+                problems.append(Problem("no-such-adapter", message, str(getattr(unit, "address", ""))))
             else:
                 keys.append(own.injection.by_address[address][1])
         if isinstance(unit, Fusion):
             unit.children_keys = tuple(keys)
-    own_places = {unit.branch for unit in fusion.units.values() if isinstance(unit, Fusion)}
-    for branch in () if problems else _common([adapters[child] for child in fusion.config.children]):
-        if branch not in own_places:
+    own_places = _places(fusion)
+    for place in () if problems else _common([adapters[child] for child in fusion.config.children]):
+        if place not in own_places:
             message = (
-                f"the fusion {fusion.name!r} has no weights at this branch, where all of its adapters act"
+                f"the fusion {fusion.name!r} has no weights at this place, where all of its adapters act"
             )
-            problems.append(Problem("no-fusion", message, branch))
+            problems.append(Problem("no-fusion", message, place))
     for child in () if problems else fusion.config.children:
-        problems += _left_out(adapters[child], tuple(own_places))
+        problems += _left_out(adapters[child], own_places)
     if problems:
         raise PlanError(problems)
+
+
+def _places(fusion: Adapter) -> tuple[str, ...]:
+    return tuple(unit.address for unit in fusion.units.values() if isinstance(unit, Fusion))
+
+
+def members(setup: Fuse, adapters: Mapping[str, Adapter]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Place -> keys of the units there, child by child, those that act before the fused one first.
+
+    Raises: CompositionError: an adapter of a Stack would silently not act somewhere.
+    """
+    places = _places(adapters[setup.name])
+    chains = [child.children if isinstance(child, Block) else (child,) for child in setup.children]
+    problems = [p for chain in chains for name in chain for p in _left_out(adapters[str(name)], places)]
+    for *before, last in chains:
+        for unit in _bottlenecks(adapters[str(last)]).values() if before else ():
+            if unit.config.reads_stream:
+                message = (
+                    f"{last!r} reads the stream, so that {listing(map(repr, before))} before it would not act"
+                )
+                problems.append(
+                    Problem("not-fused", message, unit.branch, "a sequential adapter as the last")
+                )
+    if problems:
+        raise CompositionError(problems)
+
+    def key(adapter: Adapter, place: str) -> tuple[str, ...]:
+        address = _units(adapter).get(place)
+        return () if address is None else (adapter.injection.by_address[address][1],)
+
+    return {
+        place: tuple(tuple(k for name in chain for k in key(adapters[str(name)], place)) for chain in chains)
+        for place in places
+    }
 
 
 def loss(fusion: Adapter) -> torch.Tensor:

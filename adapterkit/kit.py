@@ -299,29 +299,30 @@ class Kit(Named):
 
     def fuse(
         self,
-        *names: str,
+        *names: Setup,
         config: str | Mapping[str, Any] = "dynamic",
         name: str | None = None,
         seed: int | None = None,
         trainable: bool = True,
     ) -> Kit:
-        """Make the weights that `Fuse(*names)` needs, at every branch where all of the adapters have a unit.
+        """Make the weights that `Fuse(*names)` needs, at every place where all of the fused have a unit.
 
         Args: config: "dynamic", "static" or options. name: of the weights, 'a+b' if none is given.
         Raises: CompositionError, ConfigError, PlanError: nothing is changed then.
         """
         setup = Fuse(*names, name=name)
         self._members.check_name(setup.name, replace=False, fusion=True)
-        made = fusing.config_of([self[child] for child in names], config)
+        made = fusing.config_of([self[child] for child in setup.fused], config)
         plan, draft = prepare(self.blueprint, made, setup.name, (), True, seed)
         cast(plan, draft, self.model, "match")
         return self._install(plan, draft, {}, {}, activate=False, trainable=trainable)
 
     def fusion_loss(self) -> torch.Tensor:
-        """What the active fusion adds to the loss (Pfeiffer et al. 2021, section 3.2): a scalar."""
-        if not isinstance(self.active, Fuse):
+        """What the active fusions add to the loss (Pfeiffer et al. 2021, section 3.2): a scalar."""
+        found = {block.name for block in composition.blocks(self.active) if isinstance(block, Fuse)}
+        if not found:
             raise NotAttachedError(Problem("not-active", "no fusion is active", "fusion_loss"))
-        return fusing.loss(self[self.active.name])
+        return torch.stack([fusing.loss(self[name]) for name in sorted(found)]).sum()
 
     @contextmanager
     def record(self) -> Iterator[Record]:

@@ -14,7 +14,8 @@ class Lanes(NamedTuple):
     """Steps side by side: each lane acts on its own part of a batch or sequence, or all on the same.
 
     Kinds: `rows` (groups of examples), `route` and `tasks` (the batch says which lane an example takes, -1:
-    none), `split` (segments of the sequence), `average` (the weighted mean of what the lanes give).
+    none), `split` (segments of the sequence), `average` (the weighted mean of what the lanes give), `fuse`
+    (what a fusion makes of the last unit of each lane).
     """
 
     kind: str
@@ -25,6 +26,8 @@ class Lanes(NamedTuple):
     """What the units read from the flow, so that it is cut as well."""
     leaves: tuple[str, ...] = ()
     """Branches of which the units may leave more than an output."""
+    by: str = ""
+    """Key of the fusion that puts together what the lanes give."""
 
 
 Step = str | Lanes

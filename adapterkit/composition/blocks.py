@@ -64,31 +64,44 @@ class Stack(Block):
     gives, with the same residual stream; prefixes and prompts are all there.
     """
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether its children are names."""
+        return all(isinstance(child, str) for child in self.children)
+
 
 @dataclass(frozen=True, init=False, repr=False)
 class Fuse(Block):
     """Attend over the outputs of several adapters (AdapterFusion, Pfeiffer et al. 2021, arXiv:2005.00247).
 
-    The weights that attend are made by `kit.fuse(...)` and have a name, 'a+b' if none was given.
-    Raises: CompositionError: fewer than two children, or one of them twice.
+    A child may be a Stack: its last adapter is fused, and acts on what those before it leave. The weights
+    that attend are made by `kit.fuse(...)` and have a name, 'a+b' if none was given.
+    Raises: CompositionError: fewer than two children, another block in one, or an adapter fused twice.
     """
 
-    children: tuple[str, ...]
     name: str
 
-    def __init__(self, *children: str, name: str | None = None) -> None:
-        if len(children) < 2 or len(set(children)) < len(children):
+    def __init__(self, *children: Setup, name: str | None = None) -> None:
+        super().__init__(*children)
+        for child in children:
+            if isinstance(child, Block) and not (isinstance(child, Stack) and child.is_flat):
+                message = f"{type(child).__name__} cannot be fused: it may be another adapter at every token"
+                expected = "the children of Fuse are names of adapters, or Stacks of names"
+                raise illegal("bad-nesting", message, expected)
+        if len(children) < 2 or len(set(self.fused)) < len(children):
             given = ", ".join(map(repr, children)) or "none"
             raise illegal("bad-setup", f"Fuse needs two or more different adapters, not {given}")
-        if not all(isinstance(child, str) for child in children):
-            raise illegal("bad-setup", "the children of Fuse are names of adapters")
         if not isinstance(name, str | None):
             raise illegal("bad-setup", f"the name of a fusion is a text, not {name!r}")
-        super().__init__(*children)
-        self._set("name", name or "+".join(children))
+        self._set("name", name or "+".join(self.fused))
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The adapters whose outputs are attended over."""
+        return tuple(str(c.children[-1] if isinstance(c, Block) else c) for c in self.children)
 
     def options(self) -> dict[str, Any]:
-        return {} if self.name == "+".join(self.children) else {"name": self.name}
+        return {} if self.name == "+".join(self.fused) else {"name": self.name}
 
 
 @dataclass(frozen=True, init=False, repr=False)

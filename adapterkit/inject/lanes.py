@@ -66,6 +66,9 @@ def outputs(steps: Sequence[Step], out: Any, x: Any, host: Any) -> Any:
         if isinstance(step, str):
             unit = units[step]
             out = unit(out, x, seen(unit, host))
+        elif step.by:
+            fusion: Any = units[step.by]
+            out = fusion.fused(out, x, seen(fusion, host), step.lanes)
         else:
             out = with_first(out, _outputs(step, first(out), x, host))
     return out

@@ -46,6 +46,8 @@ class Unit(nn.Module, ABC):
     """It acts only where its adapter is the first of a setup."""
     per_position: bool = False
     """What it does at one position of an example depends on that position alone."""
+    adds: bool = False
+    """Its host gives y = W x + b, and with it y + added(x)."""
     averages: ClassVar[bool] = True
     """A mean of what several such units give is the result of a mean."""
     undoes: ClassVar[bool] = False
@@ -71,6 +73,10 @@ class Unit(nn.Module, ABC):
 
     common: ClassVar[tuple[str, ...] | None] = None
     """Tensors that adapters which share have in common; None: all of them."""
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """What a unit that `adds` gives, without dropout: (..., D_in) -> (..., D_out)."""
+        raise NotImplementedError("asked of units that add")
 
     def refuses_merge(self) -> str | None:
         """Why the unit cannot be folded into the weight exactly, None if it can."""

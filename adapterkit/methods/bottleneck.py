@@ -138,6 +138,11 @@ class BottleneckConfig(BranchConfig):
         )
 
     @property
+    def reads_stream(self) -> bool:
+        """It reads nothing of the branch, whatever adapters before it have made of that."""
+        return self.is_parallel or (self.swapped and not self.original_ln_before)
+
+    @property
     def over_examples(self) -> bool:
         """One position's result depends on the others of its example."""
         return self.use_gating or self.stochastic_depth > 0

@@ -66,6 +66,7 @@ class Magnitude(Unit):
 
     def decompose(self, slot: Slot, norm_scaled: bool, scale_bias: bool) -> None:
         """Add the magnitude m (D_out,) to a unit that is otherwise complete."""
+        self.adds = False  # it also scales what the host gives
         self.transposed = slot.transposed
         self.norm_scaled = norm_scaled
         self.scale_bias = scale_bias

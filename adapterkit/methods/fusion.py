@@ -1,4 +1,4 @@
-"""AdapterFusion: attention over the outputs of several bottleneck adapters."""
+"""AdapterFusion: attention over the outputs of several adapters, bottlenecks or updates of weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from adapterkit.errors import PlanError, Problem
+from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.bottleneck import Bottleneck
-from adapterkit.methods.flow import flow_of
+from adapterkit.methods.flow import Flow, flow_of
+from adapterkit.methods.lora import add_rows
 from adapterkit.methods.targets import Selection
+from adapterkit.methods.weights import is_plain
 from adapterkit.model.blueprint import Blueprint, Slot
-from adapterkit.model.branches import branches
+from adapterkit.model.branches import Branch, branches
 
 
 class FusionConfig(MethodConfig):
@@ -25,12 +27,15 @@ class FusionConfig(MethodConfig):
     method: ClassVar[str] = "fusion"
 
     children: tuple[str, ...] = Field(min_length=2, description="names of the adapters that are fused")
-    places: tuple[str, ...] = Field(default=(), description="branches at which all of them have a unit")
+    places: tuple[str, ...] = Field(
+        default=(), description="branches and linear maps at which all of them have a unit"
+    )
     query: bool = Field(default=True, description="project what the adapters read")
     key: bool = Field(default=True, description="project the outputs of the adapters for the scores")
     value: bool = Field(default=True, description="project the outputs of the adapters that are added up")
     query_before_ln: bool = Field(
-        default=False, description="the query is the branch, not what the adapters read"
+        default=False,
+        description="the query is the branch (the output of the map), not what the adapters read",
     )
     regularization: bool = Field(
         default=True, description="`kit.fusion_loss()` keeps the values near the identity"
@@ -49,7 +54,7 @@ class FusionConfig(MethodConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the scores, in training")
 
     def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
-        return branches(blueprint, self.branch == "before_norm")
+        return {**branches(blueprint, self.branch == "before_norm"), **blueprint.slots}
 
     def select(self, blueprint: Blueprint) -> Selection:
         slots = self.available(blueprint)
@@ -57,13 +62,19 @@ class FusionConfig(MethodConfig):
 
     def check(self, slots: Sequence[Slot]) -> None:
         if not slots:
-            message = f"{', '.join(self.children)} have no branch in common at which they could be fused"
+            message = f"{', '.join(self.children)} have no place in common at which they could be fused"
             raise PlanError(
-                Problem("nothing-selected", message, expected="bottleneck adapters at the same places")
+                Problem("nothing-selected", message, expected="bottlenecks or LoRAs at the same places")
             )
+        for slot in slots:
+            d_out, d_in = slot.shape or (0, 0)
+            if d_out != d_in and not (self.query or self.query_before_ln or isinstance(slot, Branch)):
+                message = f"without its projection the query has {d_in} numbers, but the outputs have {d_out}"
+                expected = "query=True, query_before_ln=True, or adapters of square maps"
+                raise ConfigError(Problem("bad-option", message, slot.address, expected))
 
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
-        return Fusion(slot, self, generator)
+        return (BranchFusion if isinstance(slot, Branch) else UpdateFusion)(slot, self, generator)
 
     def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
         return []  # those of the adapters serve
@@ -76,85 +87,63 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Configs of fusions by name."""
 
 
-class Fusion(Unmergeable):
-    """sum_i softmax_i(q . k_i) v_i + r, with q from what the adapters read, k_i and v_i from their outputs.
+Children = Sequence[Sequence[str]]
+"""Keys of units at one site: of each child the one that is fused, behind those that act before it."""
 
-    Input, residual and what follows are those of the last adapter.
+
+class Fusion(Unmergeable):
+    """sum_i softmax_i(q . k_i) v_i with q = Q x, k_i = K o_i and v_i = V o_i for the outputs o_i of adapters.
+
     Source: Pfeiffer et al. 2021, arXiv:2005.00247, eq. 3-5; dot products are not scaled.
-    Shapes: h, x (B, T, D) -> (B, T, D); N adapters: keys and values (B, T, N, D), weights (B, T, N).
+    Shapes: x (B, T, D_in), outputs (B, T, N, D), residual (B, T, D) -> sum (B, T, D), weights (B, T, N).
     """
 
-    phase = 2
     per_position = True
     reason = "attention over adapters is no change of a weight"
 
     def __init__(self, slot: Slot, config: FusionConfig, generator: torch.Generator | None) -> None:
         super().__init__()
-        d_model = (slot.shape or (1, 1))[0]
+        d_out, d_in = slot.shape or (1, 1)
         self.config = config
-        self.branch = slot.address
+        self.address = slot.address
         self.children_keys: tuple[str, ...] = ()
-        """Keys of the adapters' units at the same site; set when the fusion is activated."""
+        """Keys of the adapters' units at the same site; set when the fusion is put into the model."""
         if config.query:
-            self.query = _projection(d_model, True, generator)
+            self.query = _projection(d_out if config.query_before_ln else d_in, d_out, True, generator)
         if config.key:
-            self.key = _projection(d_model, True, generator)
+            self.key = _projection(d_out, d_out, True, generator)
         if config.value:
-            self.value = _projection(d_model, False, generator)
+            self.value = _projection(d_out, d_out, False, generator)
             if config.value_initialized:
                 with torch.no_grad():
                     self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
 
-    @property
-    def per_example(self) -> tuple[str, ...]:
-        return self.branch, f"{self.branch}~", f"{self.branch}+"
-
-    @property
-    def leaves(self) -> str:
-        return self.branch
+    def fused(self, out: Any, x: Any, host: nn.Module, children: Children) -> Any:
+        """What the host gives, with the mixture of what the children give."""
+        raise NotImplementedError
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
-        flow = flow_of(host)
-        if not flow.get(f"{self.branch}!"):
-            return out
-        site: Any = host.adapterkit
-        units: list[Bottleneck] = [site._modules[key] for key in self.children_keys]
-        last = units[-1]
-        h = last.takes(out, flow)
-        residual = last.residual(flow, h)
-        before = residual if last.config.swapped else h
-        z, own = last.reads(before, h if last.config.swapped else residual)
-        outputs = torch.stack([unit.up_output(z) for unit in units], dim=-2)
-        if last.config.is_parallel and self.config.adds_stream:
-            fused, weights = self.attend(z, outputs, z)
-            fused = fused + own
-        else:
-            fused, weights = self.attend(before if self.config.query_before_ln else z, outputs, own)
-        record = site.runtime.override.record
-        if record is not None:
-            record.fusion.setdefault(self.branch, []).append(weights.detach())
-        if last.config.swapped and last.config.original_ln_after:
-            fused = fused + h - residual  # as in `Bottleneck`
-        return last.gives(out, fused, residual, flow)
+        return self.fused(out, x, host, [(key,) for key in self.children_keys])
 
-    def attend(
-        self, query: torch.Tensor, outputs: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted sum with the residual (B, T, D), and the weights (B, T, N)."""
-        config = self.config
+    def mixture(
+        self, query: torch.Tensor, outputs: Sequence[torch.Tensor], residual: torch.Tensor, site: Any
+    ) -> torch.Tensor:
+        """The weighted sum (B, T, D); the residual is in it with `residual_before`."""
+        config, o = self.config, torch.stack(list(outputs), dim=-2)
         if config.residual_before:
-            outputs = outputs + residual.unsqueeze(-2)
+            o = o + residual.unsqueeze(-2)
         q = self.query(query) if config.query else query
-        k = self.key(outputs) if config.key else outputs
-        v = self.value(outputs) if config.value and config.value_before_softmax else outputs
+        k = self.key(o) if config.key else o
+        v = self.value(o) if config.value and config.value_before_softmax else o
         scores = (k @ q.unsqueeze(-1)).squeeze(-1)
         if self.training and config.dropout:
             scores = F.dropout(scores, config.dropout)
         weights = F.softmax(scores / config.temperature, dim=-1)
-        summed = (weights.unsqueeze(-2) @ v).squeeze(-2)
-        if config.value and not config.value_before_softmax:
-            summed = self.value(summed)
-        return (summed if config.residual_before else summed + residual), weights
+        record = site.runtime.override.record
+        if record is not None:
+            record.fusion.setdefault(self.address, []).append(weights.detach())
+        summed: torch.Tensor = (weights.unsqueeze(-2) @ v).squeeze(-2)
+        return self.value(summed) if config.value and not config.value_before_softmax else summed
 
     def loss(self) -> torch.Tensor:
         """0.01 ||V - I||^2, which keeps the value projection near the identity."""
@@ -162,8 +151,97 @@ class Fusion(Unmergeable):
         return 0.01 * (weight - torch.eye(weight.shape[0], device=weight.device)).square().sum()
 
 
-def _projection(width: int, bias: bool, generator: torch.Generator | None) -> nn.Linear:
-    linear = nn.Linear(width, width, bias=bias)
+class BranchFusion(Fusion):
+    """Of bottlenecks: h' = sum_i p_i v_i + r, with q from what they read and o_i what they give.
+
+    Input, residual and what follows are those of the last adapter. Behind others of a Stack an adapter reads
+    what these leave.
+    Shapes: h, x (B, T, D) -> (B, T, D).
+    """
+
+    phase = 2
+
+    @property
+    def per_example(self) -> tuple[str, ...]:
+        return self.address, f"{self.address}~", f"{self.address}+"
+
+    @property
+    def leaves(self) -> str:
+        return self.address
+
+    def fused(self, out: Any, x: Any, host: nn.Module, children: Children) -> Any:
+        flow = flow_of(host)
+        if not flow.get(f"{self.address}!"):
+            return out
+        site: Any = host.adapterkit
+        units: list[list[Bottleneck]] = [[site._modules[key] for key in keys] for keys in children]
+        marks = [f"{self.address}{mark}" for mark in "=?^"]
+        left = {mark: flow[mark] for mark in marks if mark in flow}  # by adapters before the fusion
+        last = units[-1][-1]
+        h, residual, z, own = _read(last, out, flow)
+        outputs = []
+        for *before, unit in units:
+            read = z
+            if before:
+                flow.update(left)
+                result = out
+                for other in before:
+                    result = other(result, x, host)
+                _, _, read, _ = _read(unit, result, flow)
+            outputs.append(unit.up_output(read))
+        if last.config.is_parallel and self.config.adds_stream:
+            result = self.mixture(z, outputs, z, site)
+            result = (result if self.config.residual_before else result + z) + own
+        else:
+            query = residual if last.config.swapped else h
+            result = self.mixture(query if self.config.query_before_ln else z, outputs, own, site)
+            result = result if self.config.residual_before else result + own
+        if last.config.swapped and last.config.original_ln_after:
+            result = result + h - residual  # as in `Bottleneck`
+        return last.gives(out, result, residual, flow)
+
+
+def _read(unit: Bottleneck, out: Any, flow: Flow) -> tuple[torch.Tensor, ...]:
+    """The branch h, its residual x, what a bottleneck reads of them, and its own residual."""
+    h = unit.takes(out, flow)
+    residual = unit.residual(flow, h)
+    return h, residual, *(unit.reads(residual, h) if unit.config.swapped else unit.reads(h, residual))
+
+
+class UpdateFusion(Fusion):
+    """Of updates of one linear map: y = W x + b + sum_i p_i v_i, with q from x and o_i = B_i A_i x, say.
+
+    What a Stack gives is the sum of its updates. With `query_before_ln` the query is W x + b, and with
+    `residual_before` W x + b is a part of every o_i.
+    Shapes: x (B, T, D_in) -> (B, T, D_out).
+    """
+
+    phase = 0
+
+    def __init__(self, slot: Slot, config: FusionConfig, generator: torch.Generator | None) -> None:
+        super().__init__(slot, config, generator)
+        self.rows = slot.rows
+        self.in_place = is_plain(slot.module)
+
+    def fused(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module, children: Children) -> torch.Tensor:
+        site: Any = host.adapterkit
+        units: list[list[Unit]] = [[site._modules[key] for key in keys] for keys in children]
+        outputs = []
+        for first, *others in units:
+            given = first.added(x)
+            for unit in others:
+                given = given + unit.added(x)
+            outputs.append(given)
+        h = out if self.rows is None else self.rows.view(out).flatten(-2)
+        h = h.to(outputs[0].dtype)
+        query = h if self.config.query_before_ln else x.to(h.dtype)
+        summed = self.mixture(query, outputs, h, site)
+        delta = summed - h if self.config.residual_before else summed
+        return add_rows(out, delta, self.rows, self.in_place)
+
+
+def _projection(d_in: int, d_out: int, bias: bool, generator: torch.Generator | None) -> nn.Linear:
+    linear = nn.Linear(d_in, d_out, bias=bias)
     with torch.no_grad():
         nn.init.normal_(linear.weight, std=0.02, generator=generator)
         if bias:

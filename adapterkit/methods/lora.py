@@ -123,6 +123,7 @@ class LoRA(Unit):
             rows=slot.rows,
             in_place=is_plain(slot.module),
             per_position=not config.gating,
+            adds=not config.gating,
             gate=None,
             A0=None,
             B0=None,
@@ -159,6 +160,9 @@ class LoRA(Unit):
         if self.A0 is not None and self.B0 is not None:
             delta = delta - F.linear(F.linear(x, self.A0), self.B0)
         return delta * self.scaling
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        return self.low_rank(x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype))
 
     def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -43,6 +43,7 @@ class MTLLoRA(Unit):
     """
 
     per_position = True
+    adds = True
     signed = ("B",)
     common = ("A", "B")
 
@@ -74,13 +75,15 @@ class MTLLoRA(Unit):
         own = torch.diag(self.L) if self.L.ndim == 1 else self.L
         return self.up(dtype), own.to(dtype) @ self.A.to(dtype), self.scaling
 
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        low = F.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype), self.A)
+        low = low * self.L if self.L.ndim == 1 else F.linear(low, self.L)
+        return F.linear(low, self.up()) * self.scaling
+
     def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
-        x = x.to(self.A.dtype) if not torch.is_autocast_enabled(x.device.type) else x
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        low = F.linear(x, self.A)
-        low = low * self.L if self.L.ndim == 1 else F.linear(low, self.L)
-        return add_rows(out, F.linear(low, self.up()) * self.scaling, self.rows, self.in_place)
+        return add_rows(out, self.added(x), self.rows, self.in_place)
 
     def merged(
         self, weight: torch.Tensor, bias: torch.Tensor | None

@@ -76,6 +76,7 @@ class VeRA(Unit):
     """
 
     per_position = True
+    adds = True
     signed = ("b",)
 
     def __init__(self, slot: Slot, config: VeRAConfig, shared: Shared | None) -> None:
@@ -104,6 +105,9 @@ class VeRA(Unit):
             message = "the shared matrices were moved, offloaded or sharded away from a unit after attach"
             raise PlanError(Problem("shared-apart", message, expected=_TOGETHER))
         return F.linear(F.linear(x, a) * self.d, b) * (self.b * self.scaling)
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        return self.low_rank(x if torch.is_autocast_enabled(x.device.type) else x.to(self.d.dtype))
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.d.dtype and not torch.is_autocast_enabled(x.device.type):

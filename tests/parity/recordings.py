@@ -106,8 +106,6 @@ def refusal(case: Case) -> str | None:
         return "not-reproducible"  # theirs lets every token attend to what it fills shorter prefixes up with
     if case.family == "encoder-decoder" and case.name == "stack_parallel":
         return "not-reproducible"  # theirs repeats the batch twice
-    if case.name == "fuse_stacks":
-        return "bad-setup"  # the children of a fusion are adapters here
     if case.family == "xmod" and re.fullmatch(FUSE, case.name):
         return "not-reproducible"  # the language adapters would act beside the fusion
     if case.family == "deberta" and case.name in ("lora_gating", "unipelt"):

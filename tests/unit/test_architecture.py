@@ -21,7 +21,7 @@ LONGEST = 600
 
 ROOMS = (
     "errors versions | composition spec | model | methods | planning | runtime | inject | adapter"
-    " | meaning | activation fusing generating liveness merging routing | files | averaging sharing"
+    " | meaning fusing | activation generating liveness merging routing | files | averaging sharing"
     " | members swapping report | kit | api | author | demo | testing | cli | __init__ __main__"
 )
 """From the ground up: a room imports rooms before it, and none between the same two bars."""

@@ -52,7 +52,11 @@ def _blocks(children: st.SearchStrategy[Setup]) -> st.SearchStrategy[Setup]:
         )
     )
     fused = st.lists(NAMES, min_size=2, max_size=3, unique=True).flatmap(
-        lambda own: st.builds(lambda name: Fuse(*own, name=name), st.none() | st.just("f"))
+        lambda own: st.builds(
+            lambda name, before: Fuse(Stack(*before, own[0]) if before else own[0], *own[1:], name=name),
+            st.none() | st.just("f"),
+            st.lists(NAMES, max_size=2),
+        )
     )
     sizes = (sized(Split, "splits"), sized(BatchSplit, "batch_sizes"))
     return st.one_of(*plain, *sizes, weighted, fused)
@@ -83,7 +87,8 @@ def rows(setup: Setup, batch: list[int]) -> list[tuple[int, frozenset[str]]]:
         assert start == len(batch)
         return found
     if isinstance(setup, Fuse):
-        return [(example, frozenset({setup.name, *setup.children})) for example in batch]
+        inside = frozenset().union(*(own for child in setup.children for _, own in rows(child, [0])))
+        return [(example, inside | {setup.name}) for example in batch]
     parts = [rows(child, batch) for child in setup.children]
     wide = max(map(len, parts))
     parts = [part * (wide // len(part)) for part in parts]
@@ -128,7 +133,7 @@ def test_setups_are_values() -> None:
         lambda: Stack(3),  # type: ignore[arg-type]
         lambda: Fuse("a"),
         lambda: Fuse("a", "a"),
-        lambda: Fuse("a", Stack("b")),  # type: ignore[arg-type]
+        lambda: Fuse("a", Stack("b", "a")),
         lambda: Fuse("a", "b", name=3),  # type: ignore[arg-type]
         lambda: Split("a", "b", splits=[1]),
         lambda: Split("a", "b", splits=[1, -1]),
@@ -192,6 +197,7 @@ def test_blocks_that_have_no_meaning_together(setup: Setup, code: str) -> None:
         Route("a", Stack("b", MultiTask("c", "d")), Average("a", "b")),
         MultiTask("a", Route("b", "c")),
         BatchSplit(Fuse("a", "b"), Route("c", "d"), batch_sizes=[1, 1]),
+        Parallel(Fuse(Stack("a", "b"), "c"), Stack("a", Fuse("b", Stack("c", "d")))),
     ],
     ids=repr,
 )

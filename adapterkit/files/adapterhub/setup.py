@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _inside(directory: Path, name: str) -> Path:
 
 
 def _their_name(block: Fuse) -> str:
-    return ",".join(block.children) if block.name == "+".join(block.children) else block.name
+    return ",".join(block.fused) if block.name == "+".join(block.fused) else block.name
 
 
 def _plain(data: Any) -> Any:
@@ -112,6 +112,8 @@ def refusals(setup: Setup, contents: Mapping[str, Content]) -> Iterator[Problem]
             yield _problem(
                 f"a {word} of AdapterHub loses a part where it mixes parallel and sequential adapters"
             )
+        if isinstance(block, Fuse) and block.fused != block.children:
+            yield from _in_fusion(m for own in inside for m in own if isinstance(m, BottleneckConfig))
         yield from _around(block, [m for own in inside for m in own if isinstance(m, BottleneckConfig)])
         lengths = {m.prefix_length for own in inside for m in own if isinstance(m, PrefixTuningConfig)}
         if not isinstance(block, Stack | Fuse) and len(lengths) > 1:
@@ -157,13 +159,25 @@ def _around(block: Block, configs: list[BottleneckConfig]) -> Iterator[Problem]:
         yield _problem(f"{word} of AdapterHub treats adapters with different norms and residuals alike")
 
 
+def _in_fusion(configs: Iterable[BottleneckConfig]) -> Iterator[Problem]:
+    """What a Fuse of theirs does before all of its adapters, and a Stack in it does once more."""
+    kinds = {
+        (c.original_ln_before, c.original_ln_after, c.residual_before_ln, c.is_parallel) for c in configs
+    }
+    if len(kinds) > 1 or any(is_parallel for *_, is_parallel in kinds):
+        message = "Fuse of AdapterHub treats parallel adapters, and adapters with different norms, alike"
+        yield _problem(f"{message}, where one of its children is a Stack")
+
+
 def prepared(setup: Setup, methods: Methods, before: int = 0) -> Iterator[tuple[str, int]]:
     """Adapters with bottlenecks, and how often theirs adds the residual before them.
 
     Each block but Stack and Fuse does it for what it holds, MultiTask twice, and a Stack for each of its
-    adapters; the first of a Stack takes what was done before.
+    adapters; the first of a Stack takes what was done before. A Fuse does it for the Stacks in it, too.
     """
     if isinstance(setup, Fuse):
+        for child in setup.children:
+            yield from prepared(child, methods, before + 1) if isinstance(child, Stack) else ()
         return
     if not isinstance(setup, Block):
         yield setup, before
