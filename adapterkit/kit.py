@@ -42,6 +42,11 @@ Method = str | Mapping[str, Any] | MethodConfig
 Head_ = Literal["auto"] | bool
 
 
+def _check_head(head: Any) -> None:
+    if head not in ("auto", True, False):
+        raise ConfigError(Problem("bad-option", f"{head!r} does not fit", "head", "'auto', True or False"))
+
+
 class Kit(Named):
     """All adapters of one model: a read-only mapping from name to adapter, and the verbs."""
 
@@ -70,9 +75,13 @@ class Kit(Named):
             return prepare(self.blueprint, parse(method), name, self._heads(head), strict)[0]
 
     def supports(self, method: Method) -> bool:
-        """Whether the method can be attached to this model completely."""
+        """Whether the method can be attached to this model completely.
+
+        Raises: ConfigError: there is no such method, or it has no such option.
+        """
+        config = parse(method)
         try:
-            self.plan(method)
+            self.plan(config)
         except (PlanError, ConfigError):
             return False
         return True
@@ -113,6 +122,7 @@ class Kit(Named):
         replace: bool = False,
     ) -> Kit:
         """Add the adapters of a file; see `adapterkit.load`."""
+        _check_head(head)
         bundle = reader.read(
             source, self.blueprint, revision=revision, local_files_only=local_files_only, allow_bin=allow_bin
         )
@@ -176,6 +186,7 @@ class Kit(Named):
         return self
 
     def _heads(self, head: Head_) -> tuple[Head, ...]:
+        _check_head(head)
         if head is True and not self.blueprint.heads:
             raise PlanError(Problem("no-head", f"{type(self.model).__name__} has no task head", "head"))
         return self.blueprint.heads if head else ()
@@ -475,6 +486,7 @@ class Kit(Named):
         `name` may be left out if there is only one. A setup is saved with the tensors that its adapters
         share, and with the layers that it skips if it is the active one.
         """
+        _check_head(head)
         if setup is not None:
             return self._save_setup(Path(directory), name, setup, head, format)
         adapter = self[self._only(name)]

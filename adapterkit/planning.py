@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adapterkit.errors import PlanError, Problem
+from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods.base import MethodConfig, Shared, Unit
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
@@ -158,6 +158,12 @@ def describe(
     )
 
 
+def _seeded(seed: int) -> torch.Generator:
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:  # what torch takes
+        raise ConfigError(Problem("bad-option", f"{seed!r} is no seed", "seed", "a whole number of 64 bits"))
+    return torch.Generator().manual_seed(seed)
+
+
 def prepare(
     blueprint: Blueprint,
     config: MethodConfig,
@@ -171,6 +177,6 @@ def prepare(
     Raises: PlanError, ConfigError: as `choose`.
     """
     selection = choose(blueprint, config, strict)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else _seeded(seed)
     draft = build(config, selection.slots, generator)
     return describe(blueprint, config, name, selection, heads, draft), draft

@@ -12,9 +12,9 @@ from torch import nn
 
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
-from adapterkit.methods.base import MethodConfig, Shared, Unit, Unmergeable
+from adapterkit.methods.base import MethodConfig, Shared, Unit, Unmergeable, Words
 from adapterkit.methods.flow import first, with_first
-from adapterkit.methods.targets import Selection
+from adapterkit.methods.targets import Selection, unknown_stacks
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.embeddings import embedding_slots, unembed_slots
 
@@ -34,7 +34,7 @@ class InvertibleConfig(MethodConfig):
         default=None, description="undo it before the output embeddings; None: where the class has them"
     )
 
-    stacks: tuple[str, ...] | None = Field(
+    stacks: Words | None = Field(
         default=None, description="stacks whose embeddings it follows; None: those that read no other stack"
     )
     first_only: bool = Field(
@@ -59,15 +59,17 @@ class InvertibleConfig(MethodConfig):
         named = embedding_slots(blueprint)
         usual = {a: s for a, s in named.items() if blueprint.stacks[s.stack].by_default}
         slots = {a: s for a, s in usual.items() if s.stack not in read} or usual
+        missing: list[Problem] = []
         if self.stacks is not None:
             slots = {a: s for a, s in named.items() if s.stack in self.stacks}
-        if not slots:
+            missing = unknown_stacks(self.stacks, [slot.stack for slot in named.values()])
+        if not slots and not missing:
             message = f"no stack of this model has embeddings that are named ({blueprint.interface_name})"
             raise PlanError(
                 Problem("no-embeddings", message, expected="an interface that says 'embeddings: {out: ...}'")
             )
-        if self.inverse is False:
-            return Selection.of(list(slots.values()))
+        if self.inverse is False or not slots:
+            return Selection.of(list(slots.values()), missing)
         first = next(iter(slots.values())).stack
         ends = {a: s for a, s in unembed_slots(blueprint).items() if s.stack == first}
         if self.inverse and not ends:
@@ -80,7 +82,7 @@ class InvertibleConfig(MethodConfig):
             if start.shape != end.shape:
                 message = f"embeddings of width {_width(start)} cannot be undone at width {_width(end)}"
                 raise PlanError(Problem("other-width", message, address, "inverse=False"))
-        return Selection.of([*slots.values(), *ends.values()])
+        return Selection.of([*slots.values(), *ends.values()], missing)
 
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         if slot.role == "unembed":

@@ -16,7 +16,7 @@ from adapterkit.methods import entering
 from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Unmergeable, Words
 from adapterkit.methods.flow import base_forward, entry_place
 from adapterkit.methods.positions import Strip, StripRead
-from adapterkit.methods.targets import Selection
+from adapterkit.methods.targets import Selection, unknown_stacks
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import layer_slots
 from adapterkit.model.embeddings import embedding_slots
@@ -74,13 +74,9 @@ class PromptTuningConfig(MethodConfig):
                 for name, info in blueprint.stacks.items()
                 if info.by_default and not sources(blueprint, name)
             )
-        missing = [
-            Problem("unknown-stack", f"there is no stack {name!r}", expected=", ".join(blueprint.stacks))
-            for name in names
-            if name not in blueprint.stacks
-        ]
+        missing = unknown_stacks(names, list(blueprint.stacks))
         known = [name for name in names if name in blueprint.stacks]
-        return Selection(tuple(_host(blueprint, name, self) for name in known), tuple(missing))
+        return Selection.of([_host(blueprint, name, self) for name in known], missing)
 
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         return Prompt(slot, self, generator)

@@ -34,6 +34,21 @@ Layers = tuple[int | str, ...]
 """Layers as users name them: numbers, where a model has one stack, or addresses."""
 
 
+def unknown_stacks(wanted: Iterable[str], known: Sequence[str]) -> list[Problem]:
+    """A problem for each stack that a method is to act on and the model has not got, or not for this method."""
+    return [
+        Problem(
+            "unknown-stack",
+            f"there is no stack {name!r} for this method",
+            name,
+            f"one of {listing(known)}",
+            did_you_mean(name, known),
+        )
+        for name in wanted
+        if name not in known
+    ]
+
+
 def select(
     blueprint: Blueprint, targets: tuple[str, ...] | str, layers: Layers | None, leave_out: Layers
 ) -> Selection:

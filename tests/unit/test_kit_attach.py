@@ -233,6 +233,30 @@ def test_types_that_are_refused(dtype: Any) -> None:
     refused(PlanError, "bad-dtype", ak.attach, bert(), "lora", dtype=dtype)
 
 
+@pytest.mark.parametrize("seed", ["0", 1.5, 2**64])
+def test_seeds_that_are_refused(seed: Any) -> None:
+    refused(ConfigError, "bad-option", ak.attach, bert(), "lora", seed=seed)
+
+
+def test_a_word_for_heads_that_means_nothing_is_refused(tmp_path: Path) -> None:
+    wanted: Any = "yes"
+    refused(ConfigError, "bad-option", ak.attach, bert(), "lora", head=wanted)
+    refused(ConfigError, "bad-option", ak.plan, bert(), "lora", head=wanted)
+    kit = ak.attach(bert(), "lora")
+    refused(ConfigError, "bad-option", kit.save, tmp_path / "a", head=wanted)
+    kit.save(tmp_path / "a")
+    refused(ConfigError, "bad-option", ak.load, bert(), tmp_path / "a", head=wanted)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "invertible"])
+def test_stacks_that_are_not_there_are_refused(method: str) -> None:
+    for stacks in ("decodr", ["encoder", "decodr"]):
+        refused(PlanError, "unknown-stack", ak.attach, bert(), {"method": method, "stacks": stacks})
+    assert len(ak.plan(bert(), {"method": method, "stacks": "encoder"}).slots) == 1
+    code = "nothing-selected" if method == "prompt_tuning" else "no-embeddings"
+    refused(PlanError, code, ak.attach, bert(), {"method": method, "stacks": []})
+
+
 def test_not_active_and_not_trainable() -> None:
     model = bert()
     before = run(model)

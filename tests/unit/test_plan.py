@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adapterkit as ak
-from adapterkit.errors import NotAttachedError, PlanError
+from adapterkit.errors import ConfigError, NotAttachedError, PlanError
 from tests.models import tiny
 from tests.unit.kit_scene import bert, picture, refused, trained
 
@@ -138,9 +138,16 @@ def test_a_plan_after_attach_sees_the_model_without_adapters() -> None:
 
 @pytest.mark.parametrize(
     ("method", "found"),
-    [("lora", True), ("lora[targets=gate]", False), ("lora[r=99]", False), ("nothing", False)],
+    [("lora", True), ("lora[targets=gate]", False), ("lora[r=99]", False), ("invertible[inverse=true]", False)],
 )
 def test_supports(method: str, found: bool) -> None:
     kit = ak.attach(bert(), "ia3")
     assert kit.supports(method) is found
     assert list(kit) == ["default"]
+
+
+@pytest.mark.parametrize(("method", "code"), [("laro", "unknown-method"), ("lora[ranks=3]", "unknown-option")])
+def test_what_is_no_method_is_not_merely_unsupported(method: str, code: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ak.attach(bert(), "ia3").supports(method)
+    assert refused.value.code == code
