@@ -50,12 +50,12 @@ def _summary(methods: Mapping[str, str | None]) -> str:
 
 @cache
 def ready() -> Mapping[str, MethodConfig]:
-    """Every method that needs no options, by name."""
+    """Every method that needs no options and trains something, by name."""
     found: dict[str, MethodConfig] = {}
     for name in (*METHODS, *PRESETS):
         with suppress(ConfigError):  # it cannot be without options
             found[name] = parse(name)
-    return found
+    return {name: config for name, config in found.items() if config.trains}
 
 
 def _row(entry: registry.Entry) -> dict[str, Any]:

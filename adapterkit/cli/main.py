@@ -43,12 +43,17 @@ Interface = Annotated[
 
 
 def main() -> NoReturn:
-    """Run one command: exit 0 if all is well, 1 with problems, 2 for wrong usage; no traceback for these."""
+    """Run one command: exit 0 if all is well, 1 with problems, 2 for wrong usage; no traceback for these.
+
+    130 after Ctrl-C, 141 where nobody reads on, as shells know them.
+    """
     code = OK
     try:
         try:
             app()
         except SystemExit as exit_:
+            if isinstance(exit_.__context__, BrokenPipeError):
+                raise exit_.__context__ from None  # for click that is a problem like any other
             code = exit_.code if isinstance(exit_.code, int) else OK
         except AdapterkitError as error:
             _fail(error)

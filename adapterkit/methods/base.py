@@ -130,6 +130,8 @@ class MethodConfig(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
     method: ClassVar[str]
+    trains: ClassVar[bool] = True
+    """False: it has no tensors, and makes sense beside another method alone."""
     passing: ClassVar[frozenset[str]] = frozenset({"targets", "locations", "layers", "leave_out", "dropout"})
     """Options that say nothing about what the tensors at given slots mean once training is over."""
 

@@ -22,6 +22,7 @@ class SilenceConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "silence"
+    trains = False
 
     def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
         found = {}

@@ -35,7 +35,7 @@ Layers = tuple[int | str, ...]
 
 
 def unknown_stacks(wanted: Iterable[str], known: Sequence[str]) -> list[Problem]:
-    """A problem for each stack that a method is to act on and the model has not got, or not for this method."""
+    """A problem for each stack that a method is asked to act on and that it cannot have here."""
     return [
         Problem(
             "unknown-stack",

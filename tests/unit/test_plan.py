@@ -138,7 +138,12 @@ def test_a_plan_after_attach_sees_the_model_without_adapters() -> None:
 
 @pytest.mark.parametrize(
     ("method", "found"),
-    [("lora", True), ("lora[targets=gate]", False), ("lora[r=99]", False), ("invertible[inverse=true]", False)],
+    [
+        ("lora", True),
+        ("lora[targets=gate]", False),
+        ("lora[r=99]", False),
+        ("invertible[inverse=true]", False),
+    ],
 )
 def test_supports(method: str, found: bool) -> None:
     kit = ak.attach(bert(), "ia3")
@@ -146,7 +151,9 @@ def test_supports(method: str, found: bool) -> None:
     assert list(kit) == ["default"]
 
 
-@pytest.mark.parametrize(("method", "code"), [("laro", "unknown-method"), ("lora[ranks=3]", "unknown-option")])
+@pytest.mark.parametrize(
+    ("method", "code"), [("laro", "unknown-method"), ("lora[ranks=3]", "unknown-option")]
+)
 def test_what_is_no_method_is_not_merely_unsupported(method: str, code: str) -> None:
     with pytest.raises(ConfigError) as refused:
         ak.attach(bert(), "ia3").supports(method)
