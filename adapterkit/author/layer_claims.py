@@ -93,6 +93,9 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
             continue
         kinds = ", ".join(branch.kind for branch in facts.branches) or "none"
         seen.refute(block.loc, text, f"branches in {facts.call.path}: {kinds}")
+    for block in said:
+        if "branch" in block.lacks:
+            left = _no_summand(seen, block, facts, left)
     named = {s.path for block in said for name, s in block.slots.items() if name not in (*ROLES, "fused")}
     for branch in left:
         end = branch.projection
@@ -128,6 +131,7 @@ def _named(seen: Seen, said: list[Block], layer: Call) -> None:
     graph = seen.graph
     known = {graph.paths.get(slot.path, slot.path) for block in said for slot in block.slots.values()}
     whole = [block.path(word) for block in said for word in ("out", "own_adapter")]
+    known |= _left_out(seen, said, layer)
     text = "every linear map of a layer is named, as a role or under 'extra'"
     for call in graph.calls[layer.index + 1 :]:
         if call.start >= layer.end:
@@ -139,6 +143,18 @@ def _named(seen: Seen, said: list[Block], layer: Call) -> None:
             seen.refute((*seen.loc, "layers"), text, f"{name} is called in {layer.path}", aspect="named")
             return
     seen.judge(True, (*seen.loc, "layers"), text, "", aspect="named")
+
+
+def _left_out(seen: Seen, said: list[Block], layer: Call) -> set[str]:
+    """What makes queries, keys and values that a sublayer is said to do without, as some versions do."""
+    lacking = {role for block in said for role in "qkv" if role in block.lacks}
+    return {
+        one.path
+        for branch in seen.observation.layer(layer).branches
+        for event in branch.events
+        for role in lacking
+        for one in getattr(event, role)
+    }
 
 
 def _once(seen: Seen) -> None:
@@ -169,6 +185,35 @@ def _is_given_states(seen: Seen, layer: Call) -> bool:
         for name, value in layer.arguments
         if "states" in name
     )
+
+
+def _no_summand(seen: Seen, block: Block, facts: LayerFacts, left: list[BranchFacts]) -> list[BranchFacts]:
+    """A sublayer that is no summand by itself, but with others or in another shape. Returns the rest."""
+    graph = seen.graph
+    ends = {block.path("o"), block.path("down"), block.path("out")} - {None}
+    gives = {
+        call.gives for end in ends for call in graph.calls_of(str(end), facts.call) if call.gives is not None
+    }
+    own = [b for b in left if gives & (_inside(seen, b) | {call.gives for call in b.outs})]
+    if not own:
+        return left
+    for branch in own:
+        shapes = {graph.nodes[value].shape for value in gives}
+        together = any(other.add == branch.add for other in left if other not in own)
+        alone = bool(_ends(branch) & ends) and not together
+        text = f"without.branch: what {block.word} gives is no summand of the stream by itself"
+        observed = f"what {branch.outs[-1].path if branch.outs else 'it gives'} gives is added as it is"
+        other_shape = graph.nodes[branch.stream].shape not in shapes
+        multiplied = graph.nodes[branch.stream].op in ("mul", "div")
+        right = not alone or other_shape or multiplied
+        seen.judge(right, (*block.loc, "without", "branch"), text, observed)
+    return [branch for branch in left if branch not in own]
+
+
+def _inside(seen: Seen, branch: BranchFacts) -> frozenset[int]:
+    """What a branch was made of, as far back as the stream."""
+    ends = {branch.stream, branch.source, *branch.entered}
+    return seen.graph.closure([branch.end], lambda value: value in ends)
 
 
 def _mixer(seen: Seen, block: Block, facts: LayerFacts, left: list[BranchFacts]) -> list[BranchFacts]:

@@ -30,7 +30,10 @@ def described(blueprint: Blueprint, observation: Observation, book: Book) -> Non
         outside = [
             one.call.path
             for one in stack.layers
-            if not any(one.call.path == path or one.call.path.startswith(f"{path}.") for path in layers)
+            if not any(
+                one.call.path == path or one.call.path.startswith(f"{path}.")
+                for path in (*layers, *blueprint.apart)
+            )
         ]
         # a layer may hold a column of its own kind, such as two that share a list
         around = [p for p in outside if not any(path.startswith(f"{p}.") for path in layers)]

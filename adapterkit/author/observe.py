@@ -67,7 +67,8 @@ def observe(
         methods: a method of a module whose calls are recorded too, with the path '<module>:<method>'.
     """
     recorder = Recorder(model, edits=edits, enter=enter, methods=methods)
-    with _eval_mode(model), recorder.watching(model):
+    with _eval_mode(model), torch.random.fork_rng(devices=[]), recorder.watching(model):
+        torch.manual_seed(0)  # some models draw numbers in every forward pass
         out = model(**inputs)
     watched = tuple((path, arguments) for path, arguments, *_ in recorder.watched)
     return Observation(recorder.graph(out), tuple(recorder.tensors), watched)

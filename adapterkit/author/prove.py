@@ -236,7 +236,7 @@ def _same(law: str, before: list[Tensor], after: list[Tensor]) -> None:
         if a.shape != b.shape:
             raise Broken(law, f"shape {tuple(b.shape)} in place of {tuple(a.shape)}")
         # a kernel may round by where in memory a tensor lies; what a file gives lies elsewhere
-        near = law == "file" and torch.allclose(a, b, rtol=0, atol=float(a.abs().max()) * ROUNDING)
+        near = law in ("file", "merge") and torch.allclose(a, b, rtol=0, atol=float(a.abs().max()) * ROUNDING)
         if not torch.equal(a, b) and not near:
             raise Broken(law, f"outputs differ by {float((a - b).abs().max()):.2g}")
 
@@ -311,12 +311,16 @@ def _whole(setup: Setup | None) -> dict[str, Any]:
 
 
 def _merge(kit: Kit, name: str, scene: Scene, after: list[Tensor]) -> None:
+    weights = {path: p.detach().clone() for path, p in kit.model.named_parameters()}
     try:
         kit.merge(name)
     except AdapterkitError as error:
         raise Broken("merge", error.problems[0].message) from error
     merged = _run(kit.model, scene)
     kit.unmerge()
+    for path, parameter in kit.model.named_parameters():
+        if not torch.equal(parameter, weights[path]):
+            raise Broken("merge", f"{path} is another one when it is unfolded")
     for a, b in zip(after, merged, strict=True):
         if not torch.allclose(a, b, atol=CLOSE, rtol=CLOSE):
             raise Broken("merge", f"outputs differ by {float((a - b).abs().max()):.2g}")

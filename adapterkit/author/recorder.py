@@ -123,7 +123,7 @@ class Recorder(TorchFunctionMode):
         before = [_version(tensor) for tensor in given]
         out = func(*args, **kwargs)
         made = list(tensors(out))
-        op = _name(func)
+        op = IDENTITY if _is_by_one(_name(func), args) else _name(func)
         if op == "scaled_dot_product_attention":
             named = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
             given, before = [named[w] for w in _ATTENTION if isinstance(named.get(w), torch.Tensor)], []
@@ -309,6 +309,12 @@ def _version(tensor: torch.Tensor) -> int | None:
         return tensor._version
     except (RuntimeError, AttributeError):  # tensors of inference mode and of vmap count no versions
         return None
+
+
+def _is_by_one(op: str, args: tuple[Any, ...]) -> bool:
+    """Whether a product or quotient leaves its tensor as it is."""
+    factors = args[1:] if op == "div" else args if op == "mul" else ()
+    return any(isinstance(value, int | float) and value == 1 for value in factors)
 
 
 def _name(func: Any) -> str:

@@ -157,7 +157,8 @@ class Shrinker:
         said = said or {}
         held = {name: vars(config)[name] for name in names(config)}
         new: dict[str, Any] = {
-            name: self.shrink(value) if hasattr(value, _SUB) else value for name, value in held.items()
+            name: self.shrink(value, said.get(name)) if hasattr(value, _SUB) else value
+            for name, value in held.items()
         }
         new |= self._layers(held)
         heads = self._heads(held)

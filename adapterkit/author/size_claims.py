@@ -45,8 +45,10 @@ def _heads(seen: Seen, block: Block, facts: BranchFacts) -> None:
     key = graph.nodes[event.key].shape
     slot = block.slots.get("k")
     alone = len({one.path for one in event.k}) == 1
-    if alone and slot is not None and slot.shape is not None and slot.shape[0] % key[-1] == 0:
-        observed["kv_heads"] = slot.shape[0] // key[-1]
+    # a product takes the keys turned
+    size = key[-2] if event.kind == "products" and key[-2] == width else key[-1]
+    if alone and slot is not None and slot.shape is not None and slot.shape[0] % size == 0:
+        observed["kv_heads"] = slot.shape[0] // size
     address = next((place.sublayer_address for place in block.places.values()), block.word)
     heads, kv_heads = seen.info.sizes.get(address, (None, None))
     dims, _ = seen.info.head_dims.get(address, (None, None))

@@ -142,6 +142,8 @@ def _last_before(seen: Seen, around: StackFacts) -> Call | None:
     named = graph.paths.get(said.path, said.path) if said is not None else None
     # a second table (of segments, say) is added to the stream as positions are
     tables = [one for one in around.tables if one.path == named] or around.tables
+    if seen.info.inputs.ids is None:  # tables are of positions then
+        tables = []
     content = {table.node for table in tables} or {
         node.index for node in graph.nodes if node.op == INPUT and node.floating
     }
@@ -171,6 +173,7 @@ def _final_norm(seen: Seen, around: StackFacts) -> None:
         and graph.same(call.given) == graph.same(around.leaving)
         and graph.nodes[call.given].shape == shape
         and call.is_leaf
+        and (said is not None or not _is_outside(seen, call.path))
         and (graph.is_norm(call) or (said is not None and call.path == said.path))
     ]
     found = norms[0].path if norms else None
@@ -198,6 +201,9 @@ def _exit(seen: Seen, around: StackFacts, ran: list[Call]) -> None:
     place: Slot | None = said or seen.place("final_norm")
     path = place.path if place is not None else ran[-1].path
     calls = _in_entry(seen, seen.graph.calls_of(path))
+    if said is None:  # the norm may also stand elsewhere, before the layers or behind pooling
+        behind = [call for call in calls if call.start >= around.layers[-1].call.end]
+        calls = behind[:1] or calls
     text = f"exit: {path or 'the model'} is the last module before pooling, and called once"
     loc = (*seen.loc, "exit")
     if len(calls) != 1:
@@ -228,7 +234,9 @@ def _pooler(seen: Seen, around: StackFacts) -> None:
         inside = not root or call.path.startswith(f"{root}.")
         if call.start < last.end or call.path in known or not inside or call.given not in near:
             continue
-        if any(_is_below(call.path, head) for head in heads) or _is_output(seen, call.path):
+        if any(_is_below(call.path, other) for other in (*heads, *seen.blueprint.between)):
+            continue
+        if _is_output(seen, call.path):
             continue
         if any(_is_below(call.path, reader.path) for reader in readers):
             continue
@@ -251,6 +259,14 @@ def _pooler(seen: Seen, around: StackFacts) -> None:
 
 def _is_below(path: str, above: str) -> bool:
     return path == above or path.startswith(f"{above}.")
+
+
+def _is_outside(seen: Seen, path: str) -> bool:
+    """Whether a module lies outside the stack's root, or in one that is said to belong to no stack."""
+    root = seen.info.path
+    if root and not _is_below(path, root):
+        return True
+    return any(path.startswith(f"{other}.") for other in seen.blueprint.between)
 
 
 def _has_weights(seen: Seen, path: str) -> bool:

@@ -60,7 +60,7 @@ def build(
             return _drawn(source, seed, given, str(type(source).__name__))
         return build(config, cls or type(source), seed=seed, given=given)
     config = config_of(source)
-    wanted = _class(config, cls)
+    wanted = class_of(config, cls)
     said = _said(config)
     given = {**drawn(said.inputs, seed), **(given or {})}
     reasons: list[str] = []
@@ -91,12 +91,14 @@ def _said(config: Any) -> Said:
     return said
 
 
-def drawn(inputs: Mapping[str, Drawn], seed: int = 0) -> dict[str, torch.Tensor]:
+def drawn(inputs: Mapping[str, Drawn | None], seed: int = 0) -> dict[str, torch.Tensor | None]:
     """Arguments as an interface says them."""
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor | None] = {}
     for name, one in inputs.items():
-        if one.shape is None:
+        if one is None:
+            found[name] = None
+        elif one.shape is None:
             found[name] = torch.tensor(one.values)
         elif one.below is not None:
             found[name] = torch.randint(one.below, one.shape, generator=generator)
@@ -135,7 +137,8 @@ def _read(source: str | Path) -> Any:
         ) from error
 
 
-def _class(config: Any, cls: type[nn.Module] | str | None) -> Any:
+def class_of(config: Any, cls: type[nn.Module] | str | None = None) -> Any:
+    """The class that is meant: the named one, else the base model of the config's type."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 

@@ -53,9 +53,13 @@ def run(files: Sequence[str], model: str | None, require_model: bool) -> list[Ch
 
 
 def _given(files: Iterable[str]) -> Iterator[str]:
+    """Files; directories stand for their files, names of interfaces and model types for theirs."""
     for name in files:
         if name == "-":
             yield name
+        elif not Path(name).exists() and (name in registry.interfaces() or name in registry.model_types()):
+            mark = registry.by_name(name).mark(())
+            yield os.path.relpath(mark.file) if mark else name
         else:
             yield from (str(path) for path in registry.files_in(Path(name)))
 

@@ -98,7 +98,10 @@ def start(
 def check(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILES|DIRS|-]", help="What to check; default: every known interface."),
+        typer.Argument(
+            metavar="[FILES|DIRS|NAMES|-]",
+            help="What to check: files, or names of known interfaces or model types; default: all of these.",
+        ),
     ] = None,
     model: Annotated[
         str | None,

@@ -93,6 +93,10 @@ class Blueprint:
     """Address of a sublayer -> factor of its branch at the residual add."""
     without: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Address of a sublayer -> what it does without, and why."""
+    between: tuple[str, ...] = ()
+    """Paths of modules below the base model that belong to no stack."""
+    apart: tuple[str, ...] = ()
+    """Paths of parts whose type has no interface, and which are left as they are."""
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self.slots.values())

@@ -29,6 +29,8 @@ class _Gathered:
     output_path: list[nn.Module] = field(default_factory=list)
     poolers: list[Head] = field(default_factory=list)
     heads: list[tuple[str, nn.Module]] = field(default_factory=list)
+    between: list[str] = field(default_factory=list)
+    apart: list[str] = field(default_factory=list)
     unsupported: dict[str, str] = field(default_factory=dict)
 
 
@@ -100,6 +102,8 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
         unsupported=found.unsupported,
         scales=found.draft.scales,
         without=found.draft.without,
+        between=tuple(found.between),
+        apart=tuple(found.apart),
     )
 
 
@@ -138,7 +142,9 @@ def _resolve_scope(scope: Scope, found: _Gathered) -> None:
     inner = Here(scope, found.draft, scope.base, scope.base_path, scope.config, ("between",))
     for index, said in enumerate(scope.interface.between):
         module = inner.find(said, index)
-        found.claimed += [module.module] if module is not None else []
+        if module is not None:
+            found.claimed.append(module.module)
+            found.between.append(module.path)
     _resolve_parts(scope, found)
 
 
@@ -165,6 +171,7 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
         kind = part.interface or getattr(config, "model_type", None)
         if kind not in registry.model_types() and kind not in registry.interfaces():
             if part.optional is not None:
+                found.apart.append(module.path)
                 continue
             fact = f"there is no interface for a model of type {kind!r}"
             here.note("no-interface", fact if kind else "the part has no config with a model type")
@@ -173,7 +180,14 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
         inner = Scope(
             spec, module.module, module.path, f"{scope.prefix}{name}/", scope.by_default and part.by_default
         )
-        inside = _Gathered(found.draft, found.stacks, found.claimed, poolers=found.poolers)
+        inside = _Gathered(
+            found.draft,
+            found.stacks,
+            found.claimed,
+            poolers=found.poolers,
+            between=found.between,
+            apart=found.apart,
+        )
         _resolve_scope(inner, inside)
         for address, info in found.stacks.items():
             if part.reads is not None and address.startswith(inner.prefix) and info.reads is None:

@@ -180,7 +180,7 @@ class Here:
         if said.optional is not None and wanted:
             self.draft.presence.setdefault((self.loc, str(self.loc[-1])), set()).add(bool(found))
         if not wanted:
-            if found:
+            if found and said.otherwise is None:
                 self.unexpected(repr(found[0].path), said.when)
             return None
         if len({id(f.module) for f in found}) > 1:

@@ -31,4 +31,6 @@ class Tiny(Model):
     config: dict[str, Any] = Field(
         default_factory=dict, description="fields of its config, nested for a sub-config"
     )
-    inputs: dict[str, Drawn] = Field(default_factory=dict, description="arguments of its forward, by name")
+    inputs: dict[str, Drawn | None] = Field(
+        default_factory=dict, description="arguments of its forward, by name; null: it is not given"
+    )

@@ -39,7 +39,8 @@ def _check_alternatives(options: tuple[Path, ...] | tuple[Sublayer, ...] | None,
         return
     if len(options) < 2:
         raise complaint("one-of", "'any_of' needs at least two alternatives")
-    outside = {"path": {"any_of", "optional", "batch", "was"}, "block": {"any_of", "optional"}}[kind]
+    alone = {"path": {"any_of", "optional", "otherwise", "batch", "was"}, "block": {"any_of", "optional"}}
+    outside = alone[kind]
     words = sorted({word for option in options for word in option.model_fields_set & outside})
     if words:
         raise complaint("one-of", f"an alternative takes no {listing(repr(word) for word in words)}")
@@ -53,6 +54,9 @@ class Path(Model):
         None, description="alternatives; exactly one must exist"
     )
     when: When | None = None
+    otherwise: Reason | None = Field(
+        None, description="what the module is where `when` does not hold, if it exists all the same"
+    )
     optional: Reason | None = Field(
         None,
         description="why the module may be missing, where no config field decides; on all layers or on none",
@@ -71,6 +75,8 @@ class Path(Model):
                 "bad-path",
                 f"{self.path!r} is not a module path: names joined by '.', without code or patterns",
             )
+        if self.otherwise is not None and self.when is None:
+            raise complaint("missing-word", "'otherwise' needs 'when', the config under which this holds")
         _check_alternatives(self.any_of, "path")
         return self
 

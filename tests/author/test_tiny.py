@@ -13,6 +13,7 @@ import adapterkit as ak
 from adapterkit.author import inputs, tiny
 from adapterkit.author.shrink import HEADS, KV_HEADS, VOCAB, WAYS, Shrinker
 from adapterkit.errors import ConfigError
+from adapterkit.spec.making import Tiny
 from tests.models.custom import TinyClassifier
 
 FACTORIES = "tests.author.factories"
@@ -140,3 +141,12 @@ def test_a_field_that_the_config_has_not_is_refused(tmp_path: Path, monkeypatch:
 
 def test_a_type_that_automodel_does_not_know() -> None:
     assert type(tiny.build("siglip_text_model").model) is transformers.SiglipTextModel
+
+
+def test_an_interface_says_what_sizes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields of a sub-config, and arguments that are not given."""
+    said = Tiny(config={"vision_config": {"patch_size": 8}}, inputs={"attention_mask": None})
+    monkeypatch.setattr(tiny, "_said", lambda config: said)
+    model, given = tiny.build("clip")
+    assert (model.config.vision_config.patch_size, given["attention_mask"]) == (8, None)
+    assert given["pixel_values"] is not None

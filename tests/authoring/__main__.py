@@ -35,7 +35,7 @@ def main(given: list[str]) -> int:
                 file.write(json.dumps(record) + "\n")
         _show(record)
     print(", ".join(f"{count} {state}" for state, count in states.most_common()))
-    return int(states.keys() != {"holds"})
+    return int(bool(states.keys() - {"holds"}))
 
 
 def _parser() -> argparse.ArgumentParser:

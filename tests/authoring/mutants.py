@@ -224,7 +224,8 @@ def _misnamed(
 
 def _is_path(loc: Loc) -> bool:
     words = [part for part in loc if isinstance(part, str)]
-    silent = {"when", "optional", "inputs", "reads", "present_in", "config", "model_type", "source", "sizes"}
+    silent = {"when", "optional", "otherwise", "without", "inputs", "reads", "present_in", "config"}
+    silent |= {"model_type", "source", "sizes"}
     if silent & set(words) or words[-1] in ("layout", "order", "block", "batch", "method", "args", "only"):
         return False
     return words[0] in ("stacks", "parts", "heads") and words[-1] not in ("by",)

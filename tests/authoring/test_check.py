@@ -15,6 +15,7 @@ from adapterkit.author import prove
 from adapterkit.author.check import observe_claims
 from adapterkit.author.prove import COLUMNS, Broken, prove_method
 from adapterkit.model.resolve import resolve
+from adapterkit.spec import registry
 from adapterkit.testing import prove as prove_in_pytest
 from tests.authoring.scenes import interface, scenes, unseen_elsewhere
 from tests.cli.conftest import Ran, run  # noqa: F401 - a fixture
@@ -85,6 +86,32 @@ def test_a_missing_word_is_refuted(llama: str, tmp_path: Path) -> None:
     found = {problem.address: problem for problem in ak.check(path).problems}
     assert found["stacks.decoder.final_norm"].expected == "norm is called there"
     assert "mlp.gate_proj" in found["stacks.decoder.mlp.gate"].expected
+
+
+def test_a_branch_that_is_there_is_not_lacking(llama: str, tmp_path: Path) -> None:
+    lacking = "      down: mlp.down_proj\n      without: {branch: it is said to be none}\n"
+    path = wrong(llama, tmp_path, ("      down: mlp.down_proj\n", lacking))
+    (problem,) = ak.check(path).problems
+    assert problem.address == "stacks.decoder.mlp.without.branch"
+    assert problem.expected.startswith("what layers.0.mlp gives is added as it is")
+
+
+def test_what_stands_between_is_told_from_what_was_forgotten() -> None:
+    said = ak.Interface.load("qwen2_vl_vision")
+    assert ak.check(said, "qwen2_5_vl_vision", methods=()).ok
+    data = registry.dump(said)
+    del data["between"]
+    found = {problem.address: problem for problem in ak.check(data, "qwen2_5_vl_vision", methods=()).problems}
+    assert found["stacks.vision.pooler"].expected == "merger does"
+
+
+def test_a_tower_without_an_interface_is_left_as_it_is() -> None:
+    said = ak.Interface.load("clap")
+    assert ak.check(said, "clap", methods=()).ok
+    data = registry.dump(said)
+    del data["parts"]
+    (problem,) = ak.check(data, "clap", methods=()).problems
+    assert "audio_model.audio_encoder.layers" in problem.expected
 
 
 def test_what_no_model_shows_is_said() -> None:

@@ -48,6 +48,12 @@ def test_one_good_file(run: Run, good: Path) -> None:
     assert (found.code, found.out) == (0, f"{good}: structure ok, not verified against a model\n")
 
 
+@pytest.mark.parametrize("name", ["encoder_decoder", "encoder-decoder"])
+def test_a_name_or_model_type_stands_for_its_file(run: Run, name: str) -> None:
+    found = run("check", name)
+    assert found.code == 0 and found.out.startswith("interfaces/encoder_decoder.yaml: structure ok")
+
+
 def test_problems_are_printed_with_their_places(run: Run, bad: Path, good: Path) -> None:
     found = run("check", str(good), str(bad))
     assert found.code == 1

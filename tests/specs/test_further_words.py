@@ -80,6 +80,23 @@ def test_what_is_there_is_not_lacking() -> None:
     assert code_of(spec(mlp={"out": "mlp", "without": {"quary": "a reason"}})) == "wrong-value"
 
 
+# ------------------------------------------------------------------------------------------------- otherwise
+
+
+@pytest.mark.parametrize(("last", "found"), [(True, True), (False, False)])
+def test_a_module_that_has_a_role_under_one_config_may_exist_under_another(last: bool, found: bool) -> None:
+    toy = Toy(Block(Attention(), Mlp()), norm_last=last)
+    toy.norm = nn.LayerNorm(8)
+    norm = {"path": "norm", "when": {"norm_last": True}}
+    said = spec(attention=ATTENTION, final_norm={**norm, "otherwise": "it stands before the layers"})
+    assert ("decoder.final_norm" in resolve(toy, said).places) is found
+    plain = spec(attention=ATTENTION, final_norm=norm)
+    if not found:
+        with pytest.raises(ak.errors.ResolveError, match="exists although"):
+            resolve(toy, plain)
+    assert code_of(spec(attention=ATTENTION, final_norm={"path": "norm", "otherwise": "x"})) == "missing-word"
+
+
 # --------------------------------------------------------------------------------------------------- scale
 
 
