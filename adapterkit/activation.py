@@ -77,6 +77,8 @@ def programs(
         composed = old.composed or any(isinstance(step, Lanes) for step in steps[place])
         changed: dict[str, Any] = {field: (*getattr(old, field), *steps[place]), "composed": composed}
         found[place.path] = old._replace(**changed)
+    for path, key in compiler.joining(steps):
+        found[path] = found[path]._replace(joined=found[path] == Program(outputs=(key,)))
     batch = _batch(setup)
     if batch is not None:
         found[entry.Top.key] = found.get(entry.Top.key, Program())._replace(batch=batch)
@@ -241,6 +243,10 @@ class _Compiler:
         reads += [key for step in inner for key in (*step.reads, lanes.INDEX.get(step.kind)) if key]
         leaves = [unit.leaves for unit in units if unit.leaves]
         return Lanes(kind, own, numbers, tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(leaves)))
+
+    def joining(self, steps: Steps) -> Iterable[tuple[str, str]]:
+        """(path, key) of units that can compute their host as well, if they are alone there."""
+        return ((path, key) for (path, key), (unit, _) in self.units.items() if unit.joins)
 
     def refuse_scattered(self, steps: Steps) -> None:
         """Refuse prompts of one stack that are kept at different modules.

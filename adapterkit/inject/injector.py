@@ -42,7 +42,7 @@ def device_of(place: Slot | Head, model: nn.Module) -> torch.device:
 
 def _first_tensor(module: nn.Module) -> tuple[nn.Module, nn.Parameter] | None:
     """The first parameter of a module with the module that holds it, adapters aside."""
-    own = next(module.parameters(recurse=False), None)
+    own = next((p for p in module._parameters.values() if p is not None), None)
     if own is not None:
         return module, own
     below = (_first_tensor(child) for name, child in module.named_children() if name != CHILD)
@@ -174,6 +174,8 @@ def inject(
 
 def _watch_gates(unit: nn.Module, address: str, runtime: Runtime) -> None:
     """Let the gates of a unit say what they let through, under its address."""
+    if not unit._modules:
+        return  # most units: a walk of each of them takes time
     gates = {path: module for path, module in unit.named_modules() if isinstance(module, Gate)}
     for path, gate in gates.items():
         gate.label = address if len(gates) == 1 else f"{address}.{path}"

@@ -92,6 +92,9 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
             return _composed(original, program, self, args, kwargs)
         if program.instead is not None:
             return units[program.instead](*args, **kwargs)
+        if program.joined and len(args) == 1 and not kwargs:
+            unit = units[program.outputs[0]]
+            return unit(None, args[0], Seen(self) if "_hf_hook" in unit.__dict__ else self)
         run = partial(attention.run, original, program.kernel) if program.kernel else original
         name = "" if args else next(iter(kwargs), "")
         x = args[0] if args else kwargs.get(name)

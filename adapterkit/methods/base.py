@@ -48,6 +48,8 @@ class Unit(nn.Module, ABC):
     """What it does at one position of an example depends on that position alone."""
     adds: bool = False
     """Its host gives y = W x + b, and with it y + added(x)."""
+    joins: bool = False
+    """An output unit that can also compute its host, an nn.Linear: forward(None, x, host) -> out of both."""
     averages: ClassVar[bool] = True
     """A mean of what several such units give is the result of a mean."""
     undoes: ClassVar[bool] = False

@@ -130,7 +130,7 @@ class DoRA(Magnitude, LoRA):
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.B.to(dtype), self.A.to(dtype), self.scaling
 
-    def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+    def forward(self, out: Any, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
         if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.A.dtype)
         if self.training and self.dropout:

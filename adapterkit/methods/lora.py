@@ -13,7 +13,7 @@ from torch import nn
 
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.methods.base import Shared, SlotConfig, Unit, per_slot
-from adapterkit.methods.weights import is_plain, readable
+from adapterkit.methods.weights import is_plain, joinable, readable
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
 
@@ -109,6 +109,8 @@ class LoRA(Unit):
     rows: Rows | None
     in_place: bool
     gate: Gate | None
+    A: nn.Parameter
+    B: nn.Parameter
     A0: torch.Tensor | None
     B0: torch.Tensor | None
 
@@ -122,14 +124,16 @@ class LoRA(Unit):
             dropout=config.dropout,
             rows=slot.rows,
             in_place=is_plain(slot.module),
+            joins=self._joins(slot, config),
             per_position=not config.gating,
             adds=not config.gating,
             gate=None,
             A0=None,
             B0=None,
         )
-        self.A = uniform((rank, d_in), d_in, generator)
-        self.B = nn.Parameter(torch.zeros(d_out, rank))
+        # at once as well: a name that is new would be looked for everywhere
+        self._parameters["A"] = uniform((rank, d_in), d_in, generator)
+        self._parameters["B"] = nn.Parameter(torch.zeros(d_out, rank))
         if config.init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank, generator=generator)
         elif config.init != "lora":
@@ -164,7 +168,11 @@ class LoRA(Unit):
     def added(self, x: torch.Tensor) -> torch.Tensor:
         return self.low_rank(x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype))
 
-    def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+    def forward(self, out: torch.Tensor | None, x: torch.Tensor, host: Any) -> torch.Tensor:
+        if out is None:
+            if self._accumulates(x, host):
+                return self._accumulated(x, host)
+            out = F.linear(x, host.weight, host.bias)
         if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.A.dtype)
         gate = self.gate(x) if self.gate is not None else None
@@ -182,6 +190,28 @@ class LoRA(Unit):
             delta = F.linear(low.t(), self.B) * self.scaling
             return out + delta.to(out.dtype).view(out.shape)
         return add_rows(out, self.low_rank(x), self.rows, self.in_place)
+
+    def _joins(self, slot: Slot, config: LoRAConfig) -> bool:
+        own = type(self).forward is LoRA.forward  # else a method that does more
+        plain = config.init in ("lora", "gaussian") and not config.gating and slot.rows is None
+        return own and plain and joinable(slot.module)
+
+    def _accumulates(self, x: torch.Tensor, host: Any) -> bool:
+        """Whether W x may be added to the update: where B is zero, to the bits of the host."""
+        kind = x.dtype
+        plain = kind in (torch.float32, torch.float64) and kind == self.A.dtype == host.weight.dtype
+        return plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and x.numel() > 0
+
+    def _accumulated(self, x: torch.Tensor, host: Any) -> torch.Tensor:
+        """b + s B A x, then W x onto it: on a CPU a linear map writes b first anyway."""
+        flat = x.reshape(-1, x.shape[-1])
+        # (R, N): a product with few rows is faster than one with few columns
+        low = self.A @ (F.dropout(flat, self.dropout) if self.training and self.dropout else flat).t()
+        if host.bias is None:
+            out = torch.mm(low.t(), self.B.t() if self.scaling == 1 else self.B.t() * self.scaling)
+        else:
+            out = torch.addmm(host.bias, low.t(), self.B.t(), alpha=self.scaling)
+        return out.addmm_(flat, host.weight.t()).view(*x.shape[:-1], -1)
 
     def refuses_merge(self) -> str | None:
         return "its gate depends on the input" if self.gate is not None else None

@@ -22,6 +22,11 @@ def is_plain(host: nn.Module) -> bool:
     return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
 
+def joinable(host: nn.Module) -> bool:
+    """Whether the host computes W x + b and nothing else; its class may have become a site."""
+    return getattr(type(host), "_adapterkit_base", type(host)) is nn.Linear and is_plain(host)
+
+
 def slot_weight(host: nn.Module, transposed: bool, rows: Rows | None) -> torch.Tensor:
     """(D_out, D_in) weight of a slot; a view of the host's where possible."""
     weight: torch.Tensor = host.weight  # type: ignore[assignment]

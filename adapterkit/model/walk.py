@@ -15,8 +15,9 @@ CHILD = "adapterkit"
 """Name of the child under which a module carries what adapters put there."""
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """As `model.named_parameters()` without adapters, several times faster: attach walks the whole model."""
+    found: list[tuple[str, nn.Parameter]] = []
     seen: set[int] = set()
     stack = [("", model)]
     while stack:
@@ -24,14 +25,17 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{path}{name}", parameter
-        # the first child next: a tied parameter has the name of its first place
-        for name, found in reversed(module._modules.items()):
-            if found is not None and name != CHILD:
-                stack.append((f"{path}{name}.", found))
+        if module._parameters:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found.append((path + name, parameter))
+        if module._modules:
+            # the first child next: a tied parameter has the name of its first place
+            for name, below in reversed(module._modules.items()):
+                if below is not None and name != CHILD:
+                    stack.append((f"{path}{name}.", below))
+    return found
 
 
 def tensors(module: nn.Module) -> Iterator[torch.Tensor]:
