@@ -203,7 +203,7 @@ class LoRA(Unit):
         return plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and x.numel() > 0
 
     def _accumulated(self, x: torch.Tensor, host: Any) -> torch.Tensor:
-        """b + s B A x, then W x onto it: on a CPU a linear map writes b first anyway."""
+        """Put b + s B A x first and W x onto it: on a CPU a linear map writes b first anyway."""
         flat = x.reshape(-1, x.shape[-1])
         # (R, N): a product with few rows is faster than one with few columns
         low = self.A @ (F.dropout(flat, self.dropout) if self.training and self.dropout else flat).t()
