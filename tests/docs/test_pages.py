@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from adapterkit.methods.names import METHODS, PRESETS
 from adapterkit.spec import registry
 from tests.docs.codes import collect
 
@@ -115,3 +116,22 @@ def test_readme_shows_the_real_interface() -> None:
         path = ROOT / "interfaces" / f"{data['model_type']}.yaml"
         shipped = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert data == {word: value for word, value in shipped.items() if word not in ("adapterhub", "peft")}
+
+
+TRAINED = [name for name, config in METHODS.items() if config.trains]
+ROWS = ("Paper", "Use it", "Learning rate", "Trained numbers", "Merges")
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_every_method_has_a_page_with_all_that_one_asks(method: str) -> None:
+    """Its options, formula, picture, paper, when to use it, how fast to train it, what it costs."""
+    pages = (ROOT / "docs" / "methods").glob("*.md")
+    (text,) = (t for page in pages if f"```{{options}} {method}\n" in (t := page.read_text(encoding="utf-8")))
+    missing = [row for row in ROWS if not re.search(rf"^\| {row}\b[^|]*\| \S", text, re.MULTILINE)]
+    assert not missing
+    assert text.count("$$") >= 2 or method == "union", "no formula"
+    assert "```text\n" in text, "no picture"
+    assert "arxiv.org" in text, "no paper"
+    listed = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    names = [name for name, (own, _) in PRESETS.items() if own == method] or [method]
+    assert all(f"`{name}`" in listed or f"`{name}`" in text for name in names if method != "fusion")
