@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,30 @@ class Column:
     root: str
     """Path of the module below which everything is named."""
     notes: Notes
+    by_default: bool = True
+    """Whether roles reach it without an address."""
+    out: str = ""
+    """The last module before the stream, below the root."""
+    reads: bool = False
+    given: dict[str, int] = field(default_factory=dict)
+    """What the entry was called with."""
+    inputs: Words = field(default_factory=dict)
+    """Names of the arguments of the entry that are not the usual ones; null: there is none."""
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether the entry, or the module of the embeddings, can be given tokens that are embedded."""
+        out = self.out and self.scene.modules[f"{self.root}.{self.out}".strip(".")]
+        return self.inputs.get("embeds", "") is not None or bool(out and "inputs_embeds" in arguments(out))
+
+    @property
+    def batch(self) -> str:
+        """The axis of the examples in the stream; none: the tokens of all of them lie in one."""
+        shape, examples = self.scene.graph.nodes[self.facts.entering].shape, self.scene.batch
+        if len(shape) < 3 or shape[0] == 1 < examples:
+            return "none"
+        is_second = shape[0] % examples and shape[1] == examples
+        return "second" if is_second else "first"
 
     @property
     def loc(self) -> tuple[str, ...]:
@@ -48,16 +72,20 @@ class Column:
 
     def words(self, others: Iterable[Column]) -> Words:
         """Everything about the stack, in the order of the forward pass."""
-        said: Words = {}
+        said: Words = {} if self.by_default else {"by_default": False}
+        if self.batch != "first":
+            said["batch"] = self.batch
         base = base_path(self.scene.model)
         if self.root != base:
             said["at"] = self.scene.below(self.root, base) or self.root
         config = self._config_name()
         if config is not None:
             said["config"] = config
-        said |= self._embeddings()
-        said |= self._entry()
-        said |= self._reads(others)
+        embeddings, entry = self._embeddings(), self._entry()
+        reads = self._reads(others)
+        self.out, self.reads = embeddings.get("embeddings", {}).get("out", ""), bool(reads)
+        self.inputs = entry.get("inputs", {})
+        said |= embeddings | entry | reads
         said["layers"] = self.below(self._list_path()) if "*" not in self.facts.path else self._glob()
         said |= self._layers()
         said |= self._far_end()
@@ -103,6 +131,7 @@ class Column:
         before = projection.given if projection is not None else None
         entering = graph.same(self.facts.entering if before is None else before)
         exact = [c for c in arriving if c.gives is not None and graph.same(c.gives) == entering]
+        exact = [c for c in exact if self._is_stream(c.gives, before)] or exact
         leaves = [c for c in exact if c.is_leaf and c.kind != "Identity"]
         # what passes on unchanged is the last of those that give the same numbers
         last = max(leaves or exact, key=lambda c: (c.end, c.index), default=None)
@@ -117,6 +146,13 @@ class Column:
             said["extra"] = {"embedding_projection": self.below(projection.path)}
         return said
 
+    def _is_stream(self, value: int | None, before: int | None) -> bool:
+        """Whether a value has as many axes as the stream, and as many numbers for each token."""
+        nodes = self.scene.graph.nodes
+        stream = nodes[self.facts.entering if before is None else before].shape
+        shape = () if value is None else nodes[value].shape
+        return len(shape) == len(stream) and shape[-1] == stream[-1]
+
     def _projection(self, arriving: list[Call]) -> Call | None:
         """The linear module between embeddings of another width and the stream."""
         graph = self.scene.graph
@@ -124,7 +160,8 @@ class Column:
         for call in reversed(arriving):
             if call.given is None or call.gives is None or not self.scene.is_linear(call.path):
                 continue
-            if graph.nodes[call.gives].shape[-1] == wide != graph.nodes[call.given].shape[-1]:
+            is_made = {table.node for table in self.facts.tables} & graph.closure([call.given])
+            if is_made and graph.nodes[call.gives].shape[-1] == wide != graph.nodes[call.given].shape[-1]:
                 return call
         return None
 
@@ -141,6 +178,7 @@ class Column:
             if below not in (None, "."):
                 found["entry"] = below
                 module = self.scene.modules[self.facts.entry.path]
+        self.given = self._arguments(module)
         inputs = self._inputs(module, found.get("entry"))
         return found | ({"inputs": inputs} if inputs else {})
 
@@ -211,10 +249,13 @@ class Column:
 
     def _given(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """The tensors that the entry was called with, by argument."""
-        seen, first = self.scene.seen, self.facts.layers[0].call.start
-        calls = [c for path in self.scene.names[id(module)] for c in seen.graph.calls_of(path)]
-        calls = [call for call in calls if call.start <= first < call.end]
-        return {name: seen.tensors[value] for call in calls for name, value in call.arguments}
+        return {name: self.scene.seen.tensors[value] for name, value in self._arguments(module).items()}
+
+    def _arguments(self, module: nn.Module) -> dict[str, int]:
+        """The values that a module around the layers was called with, by argument."""
+        graph, first = self.scene.graph, self.facts.layers[0].call.start
+        calls = [c for path in self.scene.names[id(module)] for c in graph.calls_of(path)]
+        return {name: v for call in calls if call.start <= first < call.end for name, v in call.arguments}
 
     def _reads(self, others: Iterable[Column]) -> Words:
         """The other stack whose states the cross-attention attends to."""
@@ -225,7 +266,14 @@ class Column:
         behind = graph.closure([cross[0].events[-1].key])
         read = next((o for o in others if o is not self and o.facts.leaving in behind), None)
         if read is None:
-            self.notes.gap((*self.loc, "reads"), "the states that cross-attention reads come from no stack")
+            inside = behind & frozenset(layer.given for other in others for layer in other.facts.layers)
+            if inside:
+                self.notes.gap(
+                    (*self.loc, "reads"), "the states that cross-attention reads come from no stack"
+                )
+            else:
+                text = "cross-attention reads what the model is called with, which no stack of it makes"
+                self.notes.remark((*self.loc, "cross_attention"), text)
             return {}
         found: Words = {"stack": read.name}
         calls = [c for c in graph.calls_of(self.root) if c.start <= self.facts.layers[0].call.start < c.end]
@@ -258,7 +306,7 @@ class Column:
         for word in ("attention", "mlp"):
             if not any(word in one for one in told):
                 self.notes.gap((*self.loc, word), f"no layer has a branch of the kind {word}")
-        return said | kinds_of(self.config, told, lambda word, text: self.notes.gap((*self.loc, word), text))
+        return said | kinds_of(self.config, told)
 
     def _sizes(self, describer: Describer, layers: list[LayerFacts], told: list[Words]) -> None:
         """Head counts, where neither the config's usual fields nor the core show what was observed."""

@@ -26,13 +26,42 @@ def columns(scene: Scene, notes: Notes) -> list[Column]:
     found: list[Column] = []
     for seen in facts:
         root = base if len(facts) == 1 else _root(seen.path, [p for p in paths if p != seen.path], base)
-        found.append(Column(scene, seen, "", _owner(scene, seen.path, root), notes))
+        root = _with_tables(scene, seen, _owner(scene, seen.path, root), base)
+        found.append(Column(scene, seen, "", root, notes))
     names: dict[str, int] = {}
     for one in found:
         name = _name(one, len(found))
         names[name] = names.get(name, 0) + 1
         one.name = name if names[name] == 1 else f"{name}{names[name]}"
+        one.by_default = not any(_leads_to(scene, one.facts, other.facts) for other in found)
     return found
+
+
+def _leads_to(scene: Scene, one: StackFacts, other: StackFacts) -> bool:
+    """Whether states of a stack without tokens of its own are tokens of another, which has more of them."""
+    if one is other or one.tables or not other.tables or one.leaving is None:
+        return False
+    return one.leaving in scene.graph.closure([other.entering])
+
+
+def between(scene: Scene, found: list[Column], unclaimed: list[str], notes: Notes) -> list[str]:
+    """Of the modules that no stack speaks of, those that are no heads: they lead to a stack, or did not run.
+
+    Args: unclaimed: their paths.
+    """
+    graph = scene.graph
+    read = [v for one in found for v in (one.facts.entering, one.facts.leaving) if v is not None]
+    behind = graph.closure(read)
+    named: list[str] = []
+    for path in unclaimed:
+        calls = [call for call in graph.calls if call.path == path or call.path.startswith(f"{path}.")]
+        if any(behind.intersection(call.outputs) for call in calls):
+            named.append(path)
+        elif not calls:
+            named.append(path)
+            text = f"{path} did not run with the inputs that were tried: nothing was seen of it"
+            notes.remark(("between",), text)
+    return named
 
 
 def _root(path: str, others: list[str], base: str) -> str:
@@ -71,6 +100,13 @@ def _owner(scene: Scene, path: str, root: str) -> str:
         config = getattr(scene.modules.get(outer), "config", None)
         if config is not None and config is not whole and hasattr(config, "model_type"):
             return _outermost(scene, parts, count, config, root)
+    return root
+
+
+def _with_tables(scene: Scene, facts: StackFacts, root: str, base: str) -> str:
+    """The root, or the nearest module above it that also holds the tables of the ids."""
+    while root != base and any(scene.below(table.path, root) is None for table in facts.tables):
+        root = root.rpartition(".")[0]
     return root
 
 

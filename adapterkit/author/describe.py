@@ -43,6 +43,11 @@ class Scene:
         return self.seen.graph
 
     @property
+    def batch(self) -> int:
+        """B, as the first input has it."""
+        return next((v.shape[0] for v in self.inputs.values() if hasattr(v, "shape") and v.dim()), 1)
+
+    @property
     def rows(self) -> Rows:
         return Rows(self.model, self.inputs, self.seen)
 
@@ -89,8 +94,8 @@ class Describer:
         """Sublayers of one layer by name."""
         found: Words = {}
         chosen = self._chosen(facts)
-        for branch in chosen.values():
-            found[branch.kind] = self._branch(facts.call, branch)
+        for word, branch in chosen.items():
+            found[word] = self._branch(facts.call, branch, word)
         self._extras(facts, chosen, found)
         return {word: found[word] for word in ("attention", "cross_attention", "mlp") if word in found}
 
@@ -104,9 +109,13 @@ class Describer:
                 continue
             behind = [one for one in own if not attending or one[0] > attending[0]]
             fitting = [one for one in behind if not self._convolves(one[1])]
-            # a layer without attention mixes first, by something that the language has no word for
-            place = -1 if kind == "mlp" and not attending else 0
-            found[kind] = (fitting or behind or own)[place][1]
+            if kind == "mlp" and not attending and len(own) > 1:
+                # a layer without attention mixes first, by something else in its place
+                found["attention"] = own[0][1]
+                own = own[1:]
+            mixer = found.get("attention")
+            fitting, behind = ([one for one in some if one[1] is not mixer] for some in (fitting, behind))
+            found[kind] = (fitting or behind or own)[-1 if kind == "mlp" and not attending else 0][1]
             for _, other in own:
                 if other is not found[kind]:
                     what = (
@@ -116,22 +125,27 @@ class Describer:
                     self.notes.remark((*self.loc, kind), text)
         return found
 
-    def _branch(self, layer: Call, facts: BranchFacts) -> Words:
+    def _branch(self, layer: Call, facts: BranchFacts, word: str) -> Words:
         words: Words = {}
-        loc = (*self.loc, facts.kind)
+        loc, graph = (*self.loc, word), self.scene.graph
         if facts.before is not None:
             self._put(words, layer, ("norm", "before"), facts.before.path, loc)
-        if facts.kind == "mlp":
+        if word == "mlp":
             self._mlp(words, layer, facts, loc)
-        else:
+        elif facts.events:
             self._attention(words, layer, facts, loc)
-        self._end(words, layer, facts, loc)
+        end = self._end(words, layer, facts, word)
         for step in facts.steps:
+            if end is not None and graph.is_inside(step.call, end):
+                continue  # it stands before what the branch gives
             # what is an identity here is a dropout under another config
             place = ("norm", "after") if step.is_norm else ("tail",)
             self._put(words, layer, place, step.call.path, loc)
         if facts.after_residual is not None:
             self._put(words, layer, ("norm", "after_residual"), facts.after_residual.path, loc)
+        if word != "mlp" and not facts.events:
+            what = end.kind if end is not None else "the branch"
+            words["without"] = dict.fromkeys(("core", "q", "k", "v", "o"), f"{what} computes no attention")
         return words
 
     def _put(
@@ -232,7 +246,7 @@ class Describer:
 
     @property
     def batch(self) -> int:
-        return next((v.shape[0] for v in self.scene.inputs.values() if hasattr(v, "shape") and v.dim()), 1)
+        return self.scene.batch
 
     def _fused(
         self,
@@ -314,27 +328,29 @@ class Describer:
 
     # ------------------------------------------------------------------------------------------- the end
 
-    def _end(self, words: Words, layer: Call, facts: BranchFacts, loc: tuple[str, ...]) -> None:
-        """The module that gives the branch its output."""
-        role = "down" if facts.kind == "mlp" else "o"
-        if self._is_plain(facts) and facts.projection is not None:
+    def _end(self, words: Words, layer: Call, facts: BranchFacts, word: str) -> Call | None:
+        """Name the module that gives the branch its output; its call, if it is named as `out`."""
+        role, loc = "down" if word == "mlp" else "o", (*self.loc, word)
+        mixes = word != "mlp" and not facts.events
+        if not mixes and self._is_plain(facts) and facts.projection is not None:
             if self.scene.below(facts.projection.path, layer.path) is not None:
                 self._put(words, layer, (role,), facts.projection.path, loc)
-                return
+                return None
         outs = [call for call in facts.outs if self.scene.below(call.path, layer.path) not in (None, ".")]
         if outs:
             # the outermost: what is inside is more likely to be written in another way
             self._put(words, layer, ("out",), outs[-1].path, loc)
-        else:
-            self.notes.gap(loc, f"{role}: no module gives the branch its output in {layer.path}")
+            return outs[-1]
+        self.notes.gap(loc, f"{role}: no module gives the branch its output in {layer.path}")
+        return None
 
     def _extras(self, facts: LayerFacts, chosen: Mapping[str, BranchFacts], found: Words) -> None:
         """Linear modules that were called and have no role: they may be adapted by name."""
         named = {path for words in found.values() for path in _paths(words)}
         chosen_ids = {id(branch) for branch in chosen.values()}
-        branches = [*chosen.values(), *(b for b in facts.branches if id(b) not in chosen_ids)]
-        for branch in branches:
-            words = found.get(branch.kind if branch.kind in found else "mlp")
+        branches = [*chosen.items(), *((b.kind, b) for b in facts.branches if id(b) not in chosen_ids)]
+        for word, branch in branches:
+            words = found.get(word if word in found else "mlp")
             if words is None:
                 continue
             for call in self._inside(facts, branch):
@@ -350,7 +366,8 @@ class Describer:
         """Calls of linear modules whose outputs the branch is made of."""
         graph = self.scene.graph
         entered = {facts.given, branch.stream, branch.source}
-        behind = graph.closure([branch.operand], lambda v: v in entered)
+        # what only decides which numbers are taken, as a choice of keys, is reached by no gradient
+        behind = graph.closure([branch.operand], lambda v: v in entered or not graph.nodes[v].floating)
         inside = (call for call in graph.calls[facts.call.index + 1 :] if call.start < facts.call.end)
         linears = [c for c in inside if c.is_leaf and c.gives in behind and self.scene.is_linear(c.path)]
         linears = [c for c in linears if len(c.outputs) == 1]  # a router that gives more is no linear map

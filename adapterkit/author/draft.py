@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from adapterkit.author import tiny
-from adapterkit.author.columns import columns
+from adapterkit.author.column import Column
+from adapterkit.author.columns import between, columns
 from adapterkit.author.describe import Notes, Scene, Words
+from adapterkit.author.lacks import unsupported
 from adapterkit.author.likeness import shortened
 from adapterkit.author.observe import observe
 from adapterkit.author.yamltext import written
@@ -91,10 +93,12 @@ def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) 
         raise ResolveError(Problem("nothing-to-draft", message, expected=facts))
     data = _head(model)
     data["stacks"] = {column.name: column.words(found) for column in found}
+    lacking = unsupported(found)
     if "model_type" not in data:
         heads = [path for column in found for path in column.heads(found)]
         data |= {"heads": list(dict.fromkeys(heads))} if heads else {}
-    _verify(model, data, notes)
+    data |= {"unsupported": lacking} if lacking else {}
+    _verify(scene, found, data, notes)
     near = shortened(model, data) if like and not notes.gaps else None
     if near is not None:
         name, data = near
@@ -116,11 +120,14 @@ def _head(model: nn.Module) -> Words:
     return data
 
 
-def _verify(model: nn.Module, data: Words, notes: Notes) -> None:
-    """Everything that the draft names must resolve; what does not is said."""
+def _verify(scene: Scene, found: list[Column], data: Words, notes: Notes) -> None:
+    """Everything that the draft names must resolve; what does not is said. What is no head is named."""
     try:
-        resolve(model, registry.load(data))
+        blueprint = resolve(scene.model, registry.load(data))
     except (SpecError, ResolveError) as error:
         for problem in error.problems:
             words = tuple(problem.address.split(".")) if problem.address else ()
             notes.gap(words, f"[{problem.code}] {problem.message} {problem.expected}".strip())
+        return
+    no_heads = between(scene, found, [head.path for head in blueprint.heads], notes)
+    data |= {"between": no_heads} if no_heads and "heads" not in data else {}

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adapterkit.author.describe import Words
+
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("branch", "core", "q", "k", "v", "o"),
+    "cross_attention": ("branch", "core", "q", "k", "v", "o"),
+    "mlp": ("branch", "gate", "up", "down"),
+}
+"""What a layer is without that lacks a sublayer."""
 
 
 def share_norm(told: list[Words]) -> Words:
@@ -22,11 +29,8 @@ def share_norm(told: list[Words]) -> Words:
     return {"shared_norm": norms.pop()}
 
 
-def kinds_of(config: Any, told: list[Words], gap: Callable[[str, str], None]) -> Words:
-    """The sublayers of all layers; those that differ by the kind of a layer, or as alternatives.
-
-    Args: gap: is told of a sublayer for which neither can be said.
-    """
+def kinds_of(config: Any, told: list[Words]) -> Words:
+    """The sublayers of all layers; those that differ by the kind of a layer, or as alternatives."""
     common = {word: told[0][word] for word in told[0] if all(one.get(word) == told[0][word] for one in told)}
     differing = [w for w in ("attention", "cross_attention", "mlp") if any(w in one for one in told)]
     differing = [word for word in differing if word not in common]
@@ -45,8 +49,7 @@ def kinds_of(config: Any, told: list[Words], gap: Callable[[str, str], None]) ->
             if word in one and one[word] not in options:
                 options.append(one[word])
         if not all(word in one for one in told):
-            text = "some layers have it and some have not, and no list in the config says which"
-            gap(word, text)
+            options.append({"without": dict.fromkeys(_PARTS[word], "the layer has no such part")})
         common[word] = {"any_of": options} if len(options) > 1 else options[0]
     return {word: common[word] for word in ("attention", "cross_attention", "mlp") if word in common}
 

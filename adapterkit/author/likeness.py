@@ -19,6 +19,7 @@ Loc = tuple[str, ...]
 CANDIDATES = 4
 FEW = 1 / 3
 """A draft copies another interface if no more than this share of its words is left."""
+_COMPARED = ("stacks", "heads", "between", "unsupported")
 _OWN = ("adapterkit", "model_type", "source")
 
 
@@ -61,7 +62,7 @@ def _candidates(target: Words, model_type: Any) -> Iterator[tuple[str, Words]]:
 def _plain(data: Mapping[str, Any]) -> Words:
     """What an interface says of modules, every module written in one way."""
     dumped = registry.dump(registry.load(dict(data)))
-    return {key: value for key, value in dumped.items() if key in ("stacks", "heads", "unsupported")}
+    return {key: value for key, value in dumped.items() if key in _COMPARED}
 
 
 def _difference(base: Mapping[str, Any], target: Mapping[str, Any]) -> Words:

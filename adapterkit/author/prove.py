@@ -19,6 +19,7 @@ from adapterkit.errors import AdapterkitError, Problem
 from adapterkit.kit import Kit
 from adapterkit.liveness import outputs
 from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.branches import branches
 from adapterkit.model.resolve import resolve
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Interface
@@ -184,15 +185,15 @@ def _laws(
 def _attached(column: Column, interface: Interface, model: nn.Module, blueprint: Blueprint) -> Kit:
     config = dict(column.config)
     if column.by_branch:
-        words = {place.sublayer for place in blueprint.places.values()}
-        words |= {slot.sublayer for slot in blueprint}
+        words = {branch.sublayer for branch in branches(blueprint).values()}
         config["locations"] = [word for word in SUBLAYERS if word in words]
     if not column.joined:
         return api.attach(model, config, name="proof", interface=interface, seed=0)
     if column.joined == "Parallel":
         # what is called with something that has no row for each example cannot be asked for several
-        apart = {slot.role for slot in blueprint if slot.batch == "none"} | {"fused"}
-        config["targets"] = [role for role in blueprint.roles() if role not in apart]
+        usual = [slot for slot in blueprint if blueprint.stacks[slot.stack].by_default]
+        apart = {slot.role for slot in usual if slot.batch == "none"} | {"fused"}
+        config["targets"] = [role for role in blueprint.roles(by_default=True) if role not in apart]
     whole = column.joined != "Parallel"  # some layers lack a role that others have
     for child in CHILDREN:
         kit = api.attach(model, config, name=child, interface=interface, seed=0, strict=whole)
@@ -286,7 +287,8 @@ def _alive(kit: Kit, scene: Scene) -> None:
     quiet = tuple(
         {address.rpartition(".")[0] for address in asleep}
     )  # sublayers that the inputs do not reach
-    dead = [n for n in found.dead if not any(f"{place}." in n for place in quiet) and ".head." not in f".{n}"]
+    dead = [n for n in found.dead if not any(f"{place}." in n for place in quiet)]
+    dead = [n for n in dead if not n.rpartition(":")[2].startswith("head.")]
     if dead:
         raise Broken(
             "alive", f"{dead[0]} does not" + (f", nor do {len(dead) - 1} others" if dead[1:] else "")

@@ -33,6 +33,10 @@ def takes(module: nn.Module, name: str | None) -> bool:
     return name is not None and name in inspect.signature(base_forward(module)).parameters
 
 
+def _must_be_given(module: nn.Module, name: str) -> bool:
+    return inspect.signature(base_forward(module)).parameters[name].default is inspect.Parameter.empty
+
+
 def embeds_at(blueprint: Blueprint, stack: str) -> Slot | None:
     """The module that can be given embedded tokens in place of ids: that of the stack, or its embeddings."""
     info = blueprint.stacks[stack]
@@ -151,6 +155,8 @@ class Widen(nn.Module):
             embeds = self.tables[0](ids) if embeds is None else embeds
             given[str(names.embeds)] = self.acting.put(embeds, flow)
             given.pop(str(names.ids), None)
+            if takes(module, names.ids) and _must_be_given(module, str(names.ids)):
+                given[str(names.ids)] = None
         return (), given
 
     def _mask(self, given: dict[str, Any]) -> torch.Tensor | None:

@@ -291,7 +291,7 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
         inputs=stack.inputs,
         parallel=_is_parallel(here, stack),
         reads=stack.reads,
-        by_default=scope.by_default,
+        by_default=scope.by_default and stack.by_default,
         interface=scope.interface,
         kernels=draft.kernels,
         eager=draft.eager,

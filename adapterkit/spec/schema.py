@@ -443,6 +443,7 @@ class Stack(Layer):
         None, description="another stack of this file that this one copies, changes on top"
     )
     present_in: Strings | None = Field(None, description="classes that have this stack, where not all do")
+    by_default: bool = Field(True, description="false: roles reach this stack only when it is addressed")
     when: When | None = None
     batch: Batch | None = Field(None, description="axis of the batch in the stream (default first)")
     embeddings: Embeddings | None = None

@@ -1,0 +1,78 @@
+"""What a model cannot have, by what was observed of its streams: `unsupported`, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from adapterkit.author.column import Column
+from adapterkit.author.graph import Graph
+
+_MASK, _POSITIONS = "attention_mask", "position_ids"
+
+_ONE_AXIS = {
+    "prompt_tuning": "the tokens of all examples lie in one axis, in which a prompt has no place",
+    "reft": "positions are counted in an example, and the stream has no axis of examples",
+}
+_GRID = {
+    "prompt_tuning": "the stream is a grid, in which a prompt has no place",
+    "reft": "positions are counted in a sequence, and the stream is a grid",
+}
+
+
+def unsupported(columns: Iterable[Column]) -> dict[str, str]:
+    """Method -> why the model cannot have it. Stacks that are adapted only when addressed are left out."""
+    usual = [column for column in columns if column.by_default]
+    found: dict[str, str] = {}
+    for column in usual:
+        if column.batch == "none":
+            found |= _ONE_AXIS
+        elif len(column.scene.graph.nodes[column.facts.entering].shape) > 3:
+            found |= _GRID
+        elif not column.reads and (reason := _no_place(column)):
+            found["prompt_tuning"] = reason
+    if not any(column.out for column in usual):
+        found["invertible"] = "the stream comes out of no module before the first layer"
+    return found
+
+
+def _no_place(column: Column) -> str:
+    """Why a prompt has no place in a stack of sequences; empty if nothing was seen that is in its way."""
+    graph, given = column.scene.graph, column.given
+    mask, positions = (
+        str(column.inputs.get(w, usual)) for w, usual in (("mask", _MASK), ("positions", _POSITIONS))
+    )
+    if any(name.startswith(f"{mask}.") for name in given) or len(_shape(graph, given.get(mask))) > 2:
+        return "masks of pairs of positions are given to the stack, ready made"
+    if len(_shape(graph, given.get(positions))) > 2:
+        return "positions of several axes are given to the stack, and a prompt has none there"
+    looked_up = [table for table in _looked_up(column) if table not in graph.closure([column.facts.entering])]
+    first, length = column.facts.layers[0].call, _shape(graph, column.facts.entering)[1]
+    beside = [(name.partition(".")[0], v) for name, v in first.arguments if v != first.given]
+    for name, value in beside:
+        if graph.closure([value]).intersection(looked_up):
+            return f"{name} is looked up with ids beside the stream, and a prompt has none"
+    if column.takes_embeddings:
+        return ""
+    queries = [
+        _shape(graph, e.query) for layer in column.facts.layers for b in layer.branches for e in b.events
+    ]
+    if any(len(query) == 4 and query[0] != column.scene.batch for query in queries):
+        return "attention is computed in pieces of the stream, in which a prompt has no place"
+    masks = {value for name, value in given.items() if "mask" in name}
+    for name, value in beside:
+        is_made = graph.nodes[value].floating and length in graph.nodes[value].shape
+        if is_made and not masks & graph.closure([value]):
+            return f"{name} is made for every position before the first layer, and for none of a prompt"
+    return ""
+
+
+def _looked_up(column: Column) -> list[int]:
+    """Values that were looked up with what the model was called with."""
+    graph = column.scene.graph
+    return [
+        value for value in graph.projections if graph.nodes[value].op == "embedding" and value in graph.fed
+    ]
+
+
+def _shape(graph: Graph, value: int | None) -> tuple[int, ...]:
+    return () if value is None else graph.nodes[value].shape
