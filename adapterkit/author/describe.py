@@ -259,6 +259,8 @@ class Describer:
     ) -> None:
         below = self.scene.below(path, layer.path)
         graph = self.scene.graph
+        if self._is_latent(words, event, path, str(below), roles):
+            return
         key = (str(below), *roles)
         if key not in self._layouts:
             heads, kv_heads = self.heads(event, None)
@@ -275,6 +277,25 @@ class Describer:
             words.setdefault("extra", {})[_name(str(below), {})] = below
             return
         words["fused"] = {"path": below, "layout": found[0], "order": list(found[1])}
+
+    def _is_latent(self, words: Words, event: Attention, path: str, below: str, roles: list[str]) -> bool:
+        """Whether a matrix holds the values and a part of the keys of all heads; it is named then."""
+        if set(roles) != {"k", "v"}:
+            return False
+        key = (below, "latent")
+        if key not in self._layouts:
+            self._layouts[key] = self.scene.rows.latent(self.scene.modules[path], event)
+        widths = self._layouts[key]
+        if widths is None:
+            return False
+        words["fused"] = {
+            "path": below,
+            "layout": "per_head",
+            "order": ["_", "v"],
+            "widths": dict(zip(("_", "v"), widths, strict=True)),
+        }
+        words["without"] = {"k": f"keys are put together from rows of {below} and something beside them"}
+        return True
 
     # ----------------------------------------------------------------------------------------------- mlp
 

@@ -62,6 +62,37 @@ class Rows:
                     return layout, order
         return None
 
+    def latent(self, host: nn.Module, event: Attention) -> tuple[int, int] | None:
+        """(a, b): for each head a rows that are a part of its key, then b rows that are its value.
+
+        None if the rows of this matrix, which is behind keys and values, do not lie so.
+        """
+        total = self._width(host, event)
+        key, value = (self.seen.tensors[at] for at in (event.key, event.value))
+        if key.dim() != 4 or value.dim() != 4 or total % value.shape[1]:
+            return None
+        heads, wide = value.shape[1], value.shape[-1]
+        own = total // heads - wide
+        if not 0 < own < key.shape[-1]:
+            return None
+        at = torch.arange(total)
+        is_value = at % (own + wide) >= own
+        numbers = {role: [0] * heads for role in ("k", "v")}
+        for bit in range((heads + 1).bit_length()):
+            chosen = ((at // (own + wide) + 1) >> bit) & 1 == 1
+            for role, mask in (("k", chosen & ~is_value), ("v", chosen & is_value)):
+                after = observe(self.model, self.inputs, edits={host: partial(_moved, mask=mask.float())})
+                moved = {
+                    "k": self._differs(after, event.key, heads),
+                    "v": self._differs(after, event.value, heads),
+                }
+                if any(moved["v" if role == "k" else "k"]):
+                    return None
+                for head, differs in enumerate(moved[role]):
+                    numbers[role][head] |= int(differs) << bit
+        in_order = list(range(1, heads + 1))
+        return (own, wide) if numbers == {"k": in_order, "v": in_order} else None
+
     def gated(self, host: nn.Module, halves: Halves, width: int) -> tuple[str, ...] | None:
         """Order of gate and up in one matrix of so many rows; None if they are no two blocks."""
         mask = (torch.arange(width) < width // 2).float()

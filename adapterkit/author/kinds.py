@@ -48,10 +48,28 @@ def kinds_of(config: Any, told: list[Words]) -> Words:
         for one in told:
             if word in one and one[word] not in options:
                 options.append(one[word])
+        options = [_told_apart(word, one, options) for one in options]
         if not all(word in one for one in told):
             options.append({"without": dict.fromkeys(_PARTS[word], "the layer has no such part")})
         common[word] = {"any_of": options} if len(options) > 1 else options[0]
     return {word: common[word] for word in ("attention", "cross_attention", "mlp") if word in common}
+
+
+def _told_apart(word: str, option: Words, options: list[Words]) -> Words:
+    """An alternative that says which roles it has not, but others have: else it would fit where they do."""
+    lacking = [
+        role
+        for role in _PARTS[word]
+        if role != "branch" and not _has(option, role) and any(_has(other, role) for other in options)
+    ]
+    if not lacking:
+        return option
+    reasons = dict.fromkeys(lacking, "no module of such a layer gives it alone")
+    return option | {"without": reasons | option.get("without", {})}
+
+
+def _has(option: Words, role: str) -> bool:
+    return role in option or role in option.get("fused", {}).get("order", ())
 
 
 def _field(config: Any, told: list[Words]) -> tuple[str, list[Any]] | None:

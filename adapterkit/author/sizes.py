@@ -35,7 +35,7 @@ def missing_sizes(
             wanted["kv_heads"] = min(max((size[0] // wide - wanted["heads"]) // 2, 1), wanted["heads"])
     core = scene.modules[event.core.path]
     shown = dict(zip(("heads", "kv_heads"), usual_heads(column.config, core), strict=True))
-    found = _widths(column, event, facts, words, core, wanted["kv_heads"])
+    found = _widths(column, event, facts, branch, words, core)
     if shown == wanted:
         return found
     widths = dict(found)
@@ -50,23 +50,41 @@ def missing_sizes(
 
 
 def _widths(
-    column: Column, event: Attention, facts: LayerFacts, words: Words, core: Any, kv_heads: int
+    column: Column, event: Attention, facts: LayerFacts, branch: BranchFacts, words: Words, core: Any
 ) -> Words:
-    """Widths of a head of keys and values, where the rows of k and v do not show them: keys of two parts."""
-    graph = column.scene.graph
-    if event.kind != "function" or "k" not in words.get("fused", {}).get("order", ()):
-        return {}
-    size = linear.shape(column.scene.modules[f"{facts.call.path}.{words['fused']['path']}"])
+    """Widths of a head of keys and values, where they differ and no row of its own shows them.
+
+    Those of the rows of a fused matrix, which were numbers so far, get their names too.
+    """
+    graph, said = column.scene.graph, words.get("fused", {})
     key, value = (graph.nodes[at].shape[-1] for at in (event.key, event.value))
-    if size is None or key == value or len(words["fused"]["order"]) != 2:
+    if event.kind != "function" or set(said.get("order", ())) not in ({"k", "v"}, {"_", "v"}):
         return {}
-    found: Words = {}
-    for word, wide in (("head_dim", key), ("value_dim", value)):
-        name = next((n for n in _fields(column, core) if "head_dim" in n[0] and n[1] == wide), None)
-        if name is None:
-            return {}
-        found[word] = name[0]
-    return found
+    rows = said.get("widths")
+    if key == value and rows is None:
+        return {}
+    wanted = {"head_dim": key, "value_dim": value} | ({"_": rows["_"]} if rows else {})
+    names = {word: _width_named(column, core, word, wide) for word, wide in wanted.items()}
+    if None in names.values():
+        if rows is not None:
+            text = (
+                f"no field says how wide a head of {said['path']} is: {rows['_']} rows and {rows['v']} of v"
+            )
+            column.notes.gap((*column.loc, branch.kind, "fused", "widths"), text)
+        return {}
+    if rows is not None:
+        said["widths"] = {"_": names.pop("_"), "v": names["value_dim"]}
+    return dict(names)
+
+
+_WORDS = {"head_dim": ("qk_head", "head_dim"), "value_dim": ("v_head", "value"), "_": ("nope",)}
+"""What the names of such fields speak of."""
+
+
+def _width_named(column: Column, core: Any, word: str, wide: int) -> str | None:
+    """A field of core or config that holds this width of a head, the likeliest name first."""
+    names = [n for n, number in _fields(column, core) if "head_dim" in n and number == wide]
+    return next((n for part in _WORDS[word] for n in names if part in n), next(iter(names), None))
 
 
 def _fields(column: Column, core: Any) -> list[tuple[str, Any]]:

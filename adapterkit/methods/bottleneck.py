@@ -273,7 +273,10 @@ class Bottleneck(Unmergeable):
         if not self.config.needs_residual:
             return h
         found: torch.Tensor = flow[f"{self.branch}~" if self.config.residual == "input" else self.branch]
-        return found if self.beside is None else found + flow[self.beside]
+        found = found if self.beside is None else found + flow[self.beside]
+        # some branches list the tokens of all examples: (B T, D)
+        is_flat = h.ndim == 2 and found.ndim == 3 and h.shape[0] == found.shape[0] * found.shape[1]
+        return found.flatten(0, 1) if is_flat else found
 
     def summed(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Branch and residual, through the model's own norm in post-norm models."""
