@@ -295,22 +295,37 @@ class Column:
             one.is_parallel for one in layers if {b.kind for b in one.branches} >= {"attention", "mlp"}
         ]
         describer = Describer(self.scene, self.loc, self.notes, bool(parallel) and all(parallel))
-        told = [describer.layer(facts) for facts in layers]
+        by_path = {facts.call.path: describer.layer(facts) for facts in layers}
+        told = self._with_idle(by_path)
         said: Words = {}
         if describer.parallel:
             said["block"] = "parallel"
-            said |= share_norm(told)
+            said |= share_norm(list(by_path.values()))
         elif any(parallel):
             self.notes.gap((*self.loc, "block"), "some layers are parallel and some are not")
-        self._sizes(describer, layers, told)
+        self._sizes(describer, layers, by_path)
         for word in ("attention", "mlp"):
             if not any(word in one for one in told):
                 self.notes.gap((*self.loc, word), f"no layer has a branch of the kind {word}")
         return said | kinds_of(self.config, told)
 
-    def _sizes(self, describer: Describer, layers: list[LayerFacts], told: list[Words]) -> None:
+    def _with_idle(self, told: dict[str, Words]) -> list[Words]:
+        """What was told of each layer of the list; nothing of those that the inputs do not reach."""
+        if "*" in self.facts.path:
+            return list(told.values())
+        paths = [
+            f"{self.facts.path}.{name}" for name, _ in self.scene.modules[self.facts.path].named_children()
+        ]
+        idle = [path for path in paths if path not in told and not self.scene.graph.calls_of(path)]
+        for path in idle:
+            text = f"{path} did not run with the inputs that were tried: nothing was seen of it"
+            self.notes.remark((*self.loc, "layers"), text)
+        return [told.get(path, {}) for path in paths if path in told or path in idle]
+
+    def _sizes(self, describer: Describer, layers: list[LayerFacts], told: dict[str, Words]) -> None:
         """Head counts, where neither the config's usual fields nor the core show what was observed."""
-        for facts, words in zip(layers, told, strict=True):
+        for facts in layers:
+            words = told[facts.call.path]
             for branch in facts.branches:
                 own = words.get(branch.kind)
                 if own is not None and branch.events and branch.events[-1].kind != "whole":

@@ -6,7 +6,7 @@ from benchmarks import reach
 
 
 def test_one_type_through_all_stages() -> None:
-    record = reach.reach("opt", methods=False)
+    record = reach.reach("opt", methods=())
     assert (record["built"], record["ran"], record["complete"], record["gaps"]) == (True, True, True, [])
     assert record["attention"] == 2 and record["stacks"] == ["decoder"]
 
@@ -18,20 +18,29 @@ def test_a_type_that_cannot_be_built_is_a_record() -> None:
 
 def test_the_report_counts_of_those_with_attention() -> None:
     plain = {"built": True, "ran": True, "attention": 2}
+    proved = dict.fromkeys(reach.NINE, "")
+    impossible = {"reft": f"{reach.FACT}refused: no positions"}
     records = [
-        {"type": "a", **plain, "complete": True, "gaps": [], "columns": {"lora": "", "reft": ""}},
-        {"type": "b", **plain, "complete": True, "gaps": [], "columns": {"lora": "", "reft": "broken: x"}},
+        {"type": "a", **plain, "complete": True, "gaps": [], "columns": proved},
+        {"type": "b", **plain, "complete": True, "gaps": [], "columns": proved | {"reft": "broken: x"}},
         {"type": "c", **plain, "complete": False, "gaps": ["stacks.a: q: none"]},
+        {"type": "f", **plain, "complete": True, "gaps": [], "columns": proved | impossible},
+        {"type": "g", **plain, "complete": True, "gaps": [], "columns": {"lora": ""}},
         {"type": "d", "built": True, "ran": True, "attention": 0},
         {"type": "e", "built": False, "ran": False, "attention": 0, "why": "too large"},
     ]
     lines = [" ".join(line.split()) for line in reach.report(records).splitlines()]
     expected = (
-        "built tiny 4 80.0% of 5",
-        "ran with attention 3 60.0% of 5",
-        "drafted completely 2 66.7% of 3",
-        "... passing the laws of LoRA 2 66.7% of 3",
-        "... of all columns 1 33.3% of 3",
+        "built tiny 6 85.7% of 7",
+        "ran with attention 5 71.4% of 7",
+        "drafted completely 4 80.0% of 5",
+        "... passing the laws of LoRA 4 80.0% of 5",
+        "... of all columns 2 40.0% of 5",
+        "without any fact of the model 1 20.0% of 5",
+        "1 reft: broken: x",
+        "b: reft: broken: x",
+        "c: no complete draft: stacks.a: q: none",
+        "e: too large",
     )
     assert [line for line in expected if line not in lines] == []
-    assert "1 reft: broken: x" in lines
+    assert not any(line.startswith(("a:", "f:")) for line in lines)
