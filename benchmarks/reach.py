@@ -19,8 +19,8 @@ Prints four numbers, the last three as shares of the types that ran with attenti
   reach are left out, with a remark in the draft; most are model types of their own here;
 - passing LoRA, all columns: the drafted interface passes every law of the column in `author.prove`: attach,
   first output bit for bit that of the base where the method says so, moved after a random step, disabled bit
-  for bit the base, every tensor alive and none of the base trained, for Parallel each child as alone, the same
-  when saved and loaded, for LoRA the same when merged, detached without a trace.
+  for bit the base, every tensor alive and none of the base trained, for Parallel each child as alone, the
+  same when saved and loaded, for LoRA the same when merged, detached without a trace.
 
 A column that a draft refuses is no pass, unless the reason is a fact of the model that was observed: the
 draft itself says `unsupported` with that reason (`author.lacks`: a stream without an axis of examples has
@@ -36,6 +36,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -133,6 +134,8 @@ def _failing(record: Record) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ processes
 
 
+MEMORY = 8 * 2**30
+"""Bytes that a process may ask for: every tensor of a forward pass is held while it is recorded."""
 HANGING = 20
 """Times the limit that a process may take by the clock: others may hold the processor."""
 
@@ -148,6 +151,7 @@ def _end(signum: int, frame: Any) -> None:
 def _serve(link: Connection, methods: Sequence[str], limit: float) -> None:
     """One process: model types in, records out."""
     signal.signal(signal.SIGPROF, _end)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")
     warnings.simplefilter("ignore")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from adapterkit.author.column import Column
-from adapterkit.author.graph import Graph
+from adapterkit.author.graph import MOVES, NORMS, Graph
 
 _MASK, _POSITIONS = "attention_mask", "position_ids"
 
@@ -58,12 +59,29 @@ def _no_place(column: Column) -> str:
     ]
     if any(len(query) == 4 and query[0] != column.scene.batch for query in queries):
         return "attention is computed in pieces of the stream, in which a prompt has no place"
+    if any(_is_grid(shape, length) for shape in _moved(graph, column)):
+        return "the layers lay the stream out as a grid, in which a prompt has no place"
     masks = {value for name, value in given.items() if "mask" in name}
     for name, value in beside:
         is_made = graph.nodes[value].floating and length in graph.nodes[value].shape
         if is_made and not masks & graph.closure([value]):
             return f"{name} is made for every position before the first layer, and for none of a prompt"
     return ""
+
+
+def _moved(graph: Graph, column: Column) -> Iterator[tuple[int, ...]]:
+    """Shapes that the stream takes in the layers, wherever it is the same numbers."""
+    for layer in column.facts.layers:
+        same = {layer.given}
+        for node in graph.nodes[layer.call.start : layer.call.end]:
+            if node.inputs and (node.inputs[0] in same) and node.op in MOVES | NORMS:
+                same.add(node.index)
+                yield node.shape
+
+
+def _is_grid(shape: tuple[int, ...], length: int) -> bool:
+    """Whether two neighbouring axes are the tokens."""
+    return len(shape) > 3 and any(a * b == length and min(a, b) > 1 for a, b in pairwise(shape[1:]))
 
 
 def _looked_up(column: Column) -> list[int]:

@@ -297,6 +297,16 @@ def _apart(kit: Kit, scene: Scene) -> None:
         raise Broken("apart", "no output holds the examples of both")
 
 
+def _idle(scene: Scene, blueprint: Blueprint) -> Iterator[str]:
+    """Queries and keys of attention to one single key, whatever they are: its weight is 1."""
+    events = scene.observation.attentions
+    for address, slot in blueprint.slots.items():
+        if slot.role in ("q", "k"):
+            own = [e for e in events if any(slot.path == one.path for one in (*e.q, *e.k))]
+            if own and all(event.scores is not None and event.scores[2] == 1 for event in own):
+                yield address
+
+
 def _alive(kit: Kit, scene: Scene) -> None:
     own = {id(tensor) for adapter in kit.values() for tensor in adapter.parameters()}
     extra = [n for n, p in kit.model.named_parameters() if p.requires_grad and id(p) not in own]
@@ -311,6 +321,8 @@ def _alive(kit: Kit, scene: Scene) -> None:
     )  # sublayers that the inputs do not reach
     dead = [n for n in found.dead if not any(f"{place}." in n for place in quiet)]
     dead = [n for n in dead if not n.rpartition(":")[2].startswith("head.")]
+    idle = tuple(f"{address}." for address in _idle(scene, kit.blueprint))
+    dead = [n for n in dead if not n.rpartition(":")[2].startswith(idle)]
     if dead:
         raise Broken(
             "alive", f"{dead[0]} does not" + (f", nor do {len(dead) - 1} others" if dead[1:] else "")
