@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from adapterkit import fusing
@@ -32,7 +33,8 @@ from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.prompt import Prompt
 from adapterkit.methods.targets import Layers, chosen_layers
 from adapterkit.model.blueprint import Blueprint, Slot
-from adapterkit.runtime import Batch, Lanes, Program, Programs, Step
+from adapterkit.model.cores import apart, whole_arguments
+from adapterkit.runtime import Around, Batch, Lanes, Program, Programs, Step
 
 
 class Place(NamedTuple):
@@ -46,6 +48,9 @@ class Place(NamedTuple):
 Steps = dict[Place, tuple[Step, ...]]
 _FIELDS = {"entry": "entry", "input": "inputs", "kernel": "kernel", "held": "held", "output": "outputs"}
 _HEAD = "instead"
+_AROUND = "around"
+_ROW_WISE = ("rows", "tasks", "route")
+"""Kinds of lanes that give each its examples, in the order in which one may lie in another around a core."""
 
 
 def programs(
@@ -64,7 +69,7 @@ def programs(
     if setup is None:
         return {}
     kept = chosen_layers(blueprint, None, skip_layers) if skip_layers else None
-    compiler = _Compiler(adapters, kept, first(setup))
+    compiler = _Compiler(adapters, blueprint, kept, first(setup))
     steps = compiler.steps(setup)
     compiler.refuse_scattered(steps)
     for place, keys in compiler.helpers(setup).items():
@@ -73,7 +78,12 @@ def programs(
     for place, step in compiler.heads(setup).items():
         found[place.path] = Program(instead=step, composed=isinstance(step, Lanes))
     for place in sorted(steps, key=lambda place: place.phase):
-        old, field = found.get(place.path, Program()), _FIELDS[place.acts_on]
+        old = found.get(place.path, Program())
+        if place.acts_on == _AROUND:
+            if any(isinstance(step, Lanes) for step in steps[place]):
+                found[place.path] = old._replace(around=compiler.around(place, steps[place]), composed=True)
+            continue
+        field = _FIELDS[place.acts_on]
         composed = old.composed or any(isinstance(step, Lanes) for step in steps[place])
         changed: dict[str, Any] = {field: (*getattr(old, field), *steps[place]), "composed": composed}
         found[place.path] = old._replace(**changed)
@@ -97,14 +107,21 @@ class _Compiler:
     """Steps of a setup, from its leaves to its root."""
 
     def __init__(
-        self, adapters: Mapping[str, Adapter], kept: set[tuple[str, int]] | None, first: str | None
+        self,
+        adapters: Mapping[str, Adapter],
+        blueprint: Blueprint,
+        kept: set[tuple[str, int]] | None,
+        first: str | None,
     ) -> None:
         self.adapters = adapters
+        self.blueprint = blueprint
         self.kept = kept
         self.first = first
         """Name of the adapter that acts first, on everything."""
         self.units: dict[tuple[str, str], tuple[Unit, Slot]] = {}
         """(path, key) of every unit that was met -> the unit and its slot."""
+        self.blocks = 0
+        """How many blocks have lanes that run one at a time around some cores."""
 
     # -- units
 
@@ -143,6 +160,10 @@ class _Compiler:
                     refuse_no_first(self.first, slot)
                     continue
                 path, key = adapter.injection.by_address[slot.address]
+                core = apart(self.blueprint, slot)
+                if core is not None:
+                    slot = replace(slot, batch="first")  # when the core is called for one lane
+                    found.setdefault(Place(core.path, _AROUND, 0), ())
                 self.units[path, key] = unit, slot
                 place = Place(path, unit.acts_on, unit.phase)
                 found[place] = (*found.get(place, ()), key)
@@ -222,8 +243,16 @@ class _Compiler:
             kept = [index for index, size in enumerate(numbers) if size]
             children, numbers = [children[i] for i in kept], tuple(numbers[i] for i in kept)
         found: Steps = {}
-        for place in dict.fromkeys(place for child in children for place in child):
+        places = dict.fromkeys(place for child in children for place in child)
+        number = 0
+        if kind in _ROW_WISE and any(place.acts_on == _AROUND for place in places):
+            number = self.blocks = self.blocks + 1
+        for place in places:
             own = tuple(child.get(place, ()) for child in children)
+            if place.acts_on == _AROUND:
+                step = self._lane(place, kind, own, numbers)._replace(block=number)
+                found[place] = (step,) if number else tuple(inner for lane in own for inner in lane)
+                continue
             if not always and kind not in lanes.INDEX and _alike(kind, own, numbers):
                 found[place] = own[0]  # all lanes do the same
                 continue
@@ -231,8 +260,36 @@ class _Compiler:
             if place.acts_on == "held":
                 lengths = [self._positions(place, lane) for lane in own]
                 refuse_uneven(self._prompts(place, (Lanes(kind, own),)), lengths)
-            found[place] = tuple(self._lane(place, kind, lane, numbers) for lane in _apart(kind, own))
+            found[place] = tuple(
+                self._lane(place, kind, lane, numbers)._replace(block=number) for lane in _apart(kind, own)
+            )
         return found
+
+    def around(self, place: Place, steps: tuple[Step, ...]) -> Around:
+        """The blocks around a core, one within the other.
+
+        Raises: CompositionError: several of them cut the batch into groups.
+        """
+        inside = [
+            (unit, slot)
+            for (path, _), (unit, slot) in self.units.items()
+            if f"{path}.".startswith(f"{place.path}.")
+        ]
+        reads = tuple(dict.fromkeys(key for unit, _ in inside for key in unit.per_example))
+        found = sorted(
+            (step for step in steps if isinstance(step, Lanes)), key=lambda step: _ROW_WISE.index(step.kind)
+        )
+        if sum(step.kind == "rows" for step in found) > 1:
+            message = (
+                f"{place.path} is called for one lane at a time, but two blocks of a Stack cut the batch"
+            )
+            expected = "one block with Stacks in it, or adapters without this slot"
+            raise CompositionError(Problem("no-batch-axis", message, inside[0][1].address, expected))
+        whole: Lanes | None = None
+        for step in reversed(found):
+            whole = _within_lanes(step, whole, reads)
+        assert whole is not None
+        return Around(whole, whole_arguments(self.blueprint, inside[0][1].stack))
 
     def _lane(
         self, place: Place, kind: str, own: tuple[tuple[Step, ...], ...], numbers: tuple[float, ...]
@@ -288,6 +345,18 @@ class _Compiler:
             reads = [key for step in inner for key in (*step.reads, lanes.INDEX.get(step.kind)) if key]
             found[place] = Lanes(kind, own, numbers, tuple(dict.fromkeys(reads)))
         return found
+
+
+def _within_lanes(step: Lanes, inner: Lanes | None, reads: tuple[str, ...]) -> Lanes:
+    """A block around a core with another one in each of its lanes."""
+    own = []
+    for lane in step.lanes:
+        nested = [s for s in lane if isinstance(s, Lanes)]
+        last = _within_lanes(nested[0], inner, reads) if nested else inner
+        own.append(() if last is None else (last,))
+    more = () if inner is None else (*inner.reads, lanes.INDEX.get(inner.kind, ""))
+    read = dict.fromkeys(key for key in (*step.reads, *reads, *more) if key)
+    return step._replace(lanes=tuple(own), reads=tuple(read))
 
 
 def _kind(block: Block) -> tuple[str, tuple[float, ...]]:

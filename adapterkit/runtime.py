@@ -28,6 +28,16 @@ class Lanes(NamedTuple):
     """Branches of which the units may leave more than an output."""
     by: str = ""
     """Key of the fusion that puts together what the lanes give."""
+    block: int = 0
+    """Number of the block where its lanes run one at a time around some cores, else 0."""
+
+
+class Around(NamedTuple):
+    """How a core is called for one lane at a time: lanes without units, see inject/apart.py."""
+
+    step: Lanes
+    whole: frozenset[str]
+    """Arguments that have no row for each example."""
 
 
 Step = str | Lanes
@@ -67,6 +77,8 @@ class Program(NamedTuple):
     joined: bool = False
     """Whether its one unit computes the host as well."""
     batch: Batch | None = None
+    around: Around | None = None
+    """The blocks of which the host runs one lane at a time."""
 
 
 Programs = Mapping[str, Program]

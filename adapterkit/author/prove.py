@@ -20,6 +20,7 @@ from adapterkit.kit import Kit
 from adapterkit.liveness import outputs
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.branches import branches
+from adapterkit.model.cores import apart
 from adapterkit.model.resolve import resolve
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Interface
@@ -192,8 +193,9 @@ def _attached(column: Column, interface: Interface, model: nn.Module, blueprint:
     if column.joined == "Parallel":
         # what is called with something that has no row for each example cannot be asked for several
         usual = [slot for slot in blueprint if blueprint.stacks[slot.stack].by_default]
-        apart = {slot.role for slot in usual if slot.batch == "none"} | {"fused"}
-        config["targets"] = [role for role in blueprint.roles(by_default=True) if role not in apart]
+        rowless = {slot.role for slot in usual if slot.batch != "first" and not apart(blueprint, slot)}
+        roles = blueprint.roles(by_default=True)
+        config["targets"] = [role for role in roles if role not in {"fused", *rowless}]
     whole = column.joined != "Parallel"  # some layers lack a role that others have
     for child in CHILDREN:
         kit = api.attach(model, config, name=child, interface=interface, seed=0, strict=whole)

@@ -12,7 +12,7 @@ from adapterkit.errors import ConfigError, SpecError, listing
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.names import METHODS, PRESETS, parse
 from adapterkit.spec import registry
-from adapterkit.spec.schema import Interface, Layer, Stack, Sublayer
+from adapterkit.spec.schema import Interface, Layer, Path, Stack, Sublayer
 from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, SUBLAYERS
 
 
@@ -26,7 +26,7 @@ def run(as_json: bool) -> None:
             row["name"],
             ", ".join(row["model_types"]) or "-",
             _summary(row["methods"]),
-            "yes" if row["parallel"] is None else "no",
+            "no" if row["parallel"] else "partly" if row["parallel_not_at"] else "yes",
         )
         for row in rows
     ]
@@ -39,6 +39,12 @@ def run(as_json: bool) -> None:
                 reasons.setdefault((row["name"], why), []).append(method)
     for (name, why), methods in reasons.items():
         print(f"{name}: no {', '.join(methods)}: {why}")
+    for row in rows:
+        if row["parallel_not_at"]:
+            print(f"{row['name']}: no Parallel of adapters at {listing(row['parallel_not_at'])}: {ROWLESS}")
+
+
+ROWLESS = "what these modules are called with has no row for each example"
 
 
 def _summary(methods: Mapping[str, str | None]) -> str:
@@ -65,10 +71,12 @@ def _row(entry: registry.Entry) -> dict[str, Any]:
         interface = registry.load(entry.path)
     except SpecError as error:
         why = f"{entry.path} has {len(error.problems)} problems: see `adapterkit check`"
-        return {**row, "model_types": [], "methods": dict.fromkeys(ready(), why), "parallel": why}
+        found = {"methods": dict.fromkeys(ready(), why), "parallel": why, "parallel_not_at": []}
+        return {**row, "model_types": [], **found}
     methods = {name: _unsupported(interface, name, config) for name, config in ready().items()}
     types = list(interface.model_type or ())
-    return {**row, "model_types": types, "methods": methods, "parallel": no_parallel(interface)}
+    row |= {"parallel": no_parallel(interface), "parallel_not_at": list(rowless(interface))}
+    return {**row, "model_types": types, "methods": methods}
 
 
 def _unsupported(interface: Interface, name: str, config: MethodConfig) -> str | None:
@@ -79,6 +87,35 @@ def no_parallel(interface: Interface) -> str | None:
     """Why a family cannot have several adapters in one batch, None if it can."""
     odd = [name for name, stack in interface.stacks.items() if stack.batch not in (None, "first")]
     return f"the stream of {listing(odd)} has no row for each example" if odd else None
+
+
+def rowless(interface: Interface) -> Iterator[str]:
+    """Roles whose adapters cannot act side by side in one batch: what is there has no rows of examples."""
+    found = (
+        f"{word}.{role}"
+        for stack in interface.stacks.values()
+        if stack.batch in (None, "first")
+        for word, sublayer in _sublayers(stack)
+        for role, path in _maps(word, sublayer)
+        if path.batch == "second" or (path.batch == "none" and not _apart(stack, sublayer))
+    )
+    yield from dict.fromkeys(found)
+
+
+def _maps(word: str, sublayer: Sublayer) -> Iterator[tuple[str, Path]]:
+    """Linear maps of a sublayer by role or extra name."""
+    known = MLP_ROLES if word == "mlp" else ATTENTION_ROLES
+    for role, path in (*((role, getattr(sublayer, role)) for role in known), *sublayer.extra.items()):
+        if path is not None:
+            yield role, path
+    if sublayer.fused is not None:
+        yield from ((role, sublayer.fused.path) for role in sublayer.fused.roles)
+
+
+def _apart(stack: Stack, sublayer: Sublayer) -> bool:
+    """Whether the core of an attention can be called for the examples of each adapter."""
+    core = getattr(sublayer, "core", None)
+    return core is not None and core.batch in (None, "first") and "none" in stack.inputs.batch.values()
 
 
 def refusal(interface: Interface, config: MethodConfig) -> str | None:

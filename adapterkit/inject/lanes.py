@@ -22,7 +22,9 @@ GENERATING = "#generate"
 INDEX = {"route": "#rows", "tasks": "#tasks"}
 PICKS = "#picks"
 """Positions of the examples of each lane, as far as they were looked up."""
-KEPT = (*INDEX.values(), PICKS, ROWS)
+CHOSEN = "#chosen"
+"""Blocks of which one lane alone runs, while a core is called for it: number of the block -> its lane."""
+KEPT = (*INDEX.values(), PICKS, ROWS, CHOSEN)
 """What is in the flow as long as a batch is."""
 
 
@@ -54,6 +56,8 @@ def inputs(steps: Sequence[Step], x: Any, host: Any) -> Any:
         if isinstance(step, str):
             unit = units[step]
             x = unit(x, seen(unit, host))
+        elif (own := narrowed(step, host)) is not None:
+            x = inputs(own, x, host)
         else:
             x = _laned(step, x, host, lambda own, part, _: inputs(own, part, host))
     return x
@@ -69,9 +73,21 @@ def outputs(steps: Sequence[Step], out: Any, x: Any, host: Any) -> Any:
         elif step.by:
             fusion: Any = units[step.by]
             out = fusion.fused(out, x, seen(fusion, host), step.lanes)
+        elif (own := narrowed(step, host)) is not None:
+            out = outputs(own, out, x, host)
         else:
             out = with_first(out, _outputs(step, first(out), x, host))
     return out
+
+
+def narrowed(step: Lanes, host: Any) -> tuple[Step, ...] | None:
+    """The lane of a block that alone runs here, None if all do; see apart.py."""
+    if not step.block:
+        return None
+    lane = host.adapterkit.runtime.override.flow.get(CHOSEN, {}).get(step.block)
+    if lane is None:
+        return None
+    return step.lanes[lane] if lane < len(step.lanes) else ()
 
 
 def keys(steps: Sequence[Step]) -> Iterator[str]:
@@ -91,6 +107,8 @@ def kernel(steps: Sequence[Step], x: T, host: Any) -> State | None:
         state: State | None
         if isinstance(step, str):
             state = (*units[step](x), None)
+        elif (own := narrowed(step, host)) is not None:
+            state = kernel(own, x, host)
         else:
             state = _kernel(step, x, host)
         if state is not None:
@@ -102,11 +120,11 @@ def _kernel(step: Lanes, x: T, host: Any) -> State | None:
     """The prefix that each example gets from its lane."""
     cut = cut_of(step, x, host)
     states, rows = [], []
-    for lane, own in enumerate(_all(step, cut)):
+    for lane, own in enumerate(with_none(step, cut)):
         part = cut.part(lane, x)
         rows.append(part.shape[0])
         empty = cut.empty(lane) or not own
-        with _Read(step, host.adapterkit.runtime.override.flow, cut, lane):
+        with Read(step, host.adapterkit.runtime.override.flow, cut, lane):
             states.append(None if empty else kernel(own, part, host))
     even = side_by_side(states, rows)
     if even is None:
@@ -138,7 +156,7 @@ def _prompt(step: Lanes, stack: str, x: T, host: Any) -> T | None:
     parts: list[T | None] = []
     for lane, own in enumerate(step.lanes):
         part = cut.part(lane, x)
-        with _Read(step, host.adapterkit.runtime.override.flow, cut, lane):
+        with Read(step, host.adapterkit.runtime.override.flow, cut, lane):
             vectors = prompt(own, stack, part, host)
         parts.append(None if vectors is None else vectors.expand(part.shape[0], -1, -1))
     if step.kind in INDEX:
@@ -185,40 +203,42 @@ def instead(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], host: Any
     site = host.adapterkit
     if isinstance(step, str):
         return site._modules[step](*args, **kwargs)
-    cut = cut_of(step, _tensor_in((args, kwargs)), host)
+    cut = cut_of(step, tensor_in((args, kwargs)), host)
     parts: list[Any] = []
-    for lane, own in enumerate(_all(step, cut)):
+    for lane, own in enumerate(with_none(step, cut)):
         if cut.empty(lane):
             parts.append(None)
             continue
         given, named = cut.part(lane, args), cut.part(lane, kwargs)
-        with _Read(step, site.runtime.override.flow, cut, lane):
+        with Read(step, site.runtime.override.flow, cut, lane):
             if own:
                 parts.append(instead(own[0], given, named, host, original))
             else:
                 parts.append(original(host, *given, **named))
-    return _joined(cut, parts)
+    return joined(cut, parts)
 
 
-def _tensor_in(value: Any) -> Any:
+def tensor_in(value: Any) -> Any:
     """The first tensor of what a head is called with: some read the states of several layers."""
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if not isinstance(value, tuple | list):
         return value if isinstance(value, T) else None
-    return next((found for item in value if (found := _tensor_in(item)) is not None), None)
+    return next((found for item in value if (found := tensor_in(item)) is not None), None)
 
 
-def _joined(cut: Cut, parts: Sequence[Any]) -> Any:
+def joined(cut: Cut, parts: Sequence[Any]) -> Any:
     """Outputs of lanes put together: tensors, or tuples of them; lanes without examples have none."""
     real = [part for part in parts if part is not None]
+    if not real:
+        return None
     if isinstance(real[0], T):
         return cut.join([real[0][:0] if part is None else part for part in parts])
     if type(real[0]) is tuple:
         columns = ([None if part is None else part[i] for part in parts] for i in range(len(real[0])))
-        return tuple(_joined(cut, column) for column in columns)
+        return tuple(joined(cut, column) for column in columns)
     if isinstance(real[0], Mapping):
-        named = {key: _joined(cut, [None if p is None else p[key] for p in parts]) for key in real[0]}
+        named = {key: joined(cut, [None if p is None else p[key] for p in parts]) for key in real[0]}
         return type(real[0])(**named) if hasattr(real[0], "to_tuple") else named
     if real[0] is None or all(part is real[0] for part in real):
         return real[0]
@@ -229,12 +249,12 @@ def _joined(cut: Cut, parts: Sequence[Any]) -> Any:
 # ------------------------------------------------------------------------------------------------- one block
 
 
-def _all(step: Lanes, cut: Cut) -> list[tuple[Step, ...]]:
+def with_none(step: Lanes, cut: Cut) -> list[tuple[Step, ...]]:
     """The lanes, and where the batch may take none, one without steps."""
     return [*step.lanes, ()] if step.kind in INDEX else list(step.lanes)
 
 
-class _Read:
+class Read:
     """While a lane runs: the flow holds its part of what its units read."""
 
     def __init__(self, step: Lanes, flow: Flow, cut: Cut, lane: int) -> None:
@@ -264,13 +284,13 @@ def _laned(step: Lanes, value: T, host: Any, run: Callable[..., T]) -> T:
     cut = cut_of(step, value, host)
     pending = [_Pending(branch, flow) for branch in step.leaves]
     parts, same = [], True
-    for lane, own in enumerate(_all(step, cut)):
+    for lane, own in enumerate(with_none(step, cut)):
         part = cut.take(lane, value)
         result = part
         for branch in pending:
             branch.give(cut, lane)
         if own and not cut.empty(lane):
-            with _Read(step, flow, cut, lane):
+            with Read(step, flow, cut, lane):
                 result = run(own, part, lambda given, lane=lane: cut.part(lane, given))
         same = same and result is part
         parts.append(result)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import CompositionError, PlanError, Problem
-from adapterkit.inject import attention, lanes
+from adapterkit.inject import apart, attention, lanes
 from adapterkit.inject.lanes import Seen
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.walk import CHILD
@@ -119,6 +119,10 @@ def _composed(
     """The same for a program that has lanes."""
     if program.instead is not None:
         return lanes.instead(program.instead, args, kwargs, host, original)
+    if program.around is not None and apart.runs_whole(program.around, host):
+        return apart.around(
+            program.around, args, kwargs, host, lambda given: _composed(original, program, host, (), given)
+        )
     run = partial(attention.run, original, program.kernel) if program.kernel else original
     name = "" if args else next(iter(kwargs), "")
     x = lanes.inputs(program.inputs, args[0] if args else kwargs.get(name), host)

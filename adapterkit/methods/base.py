@@ -15,6 +15,7 @@ from adapterkit.methods import flow
 from adapterkit.methods.targets import Selection, select, select_branches
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import Branch, branches
+from adapterkit.model.cores import apart
 from adapterkit.spec.schema import Kernel
 
 
@@ -123,8 +124,12 @@ class Helper(NamedTuple):
     place: Slot
     key: str
     make: Callable[[], nn.Module]
-    acts_on: Literal["input", "output", "entry"]
+    acts_on: Literal["input", "output", "entry", "around"]
     phase: int
+
+
+class Mark(nn.Module):
+    """At a core that may be called for one lane at a time: does nothing but make it a site."""
 
 
 class MethodConfig(BaseModel, ABC):
@@ -190,6 +195,10 @@ class SlotConfig(MethodConfig):
 
     def select(self, blueprint: Blueprint) -> Selection:
         return select(blueprint, self.targets, self.layers, self.leave_out)
+
+    def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
+        found = (apart(blueprint, slot) for slot in slots)
+        return [Helper(core, "apart", Mark, "around", 0) for core in found if core is not None]
 
 
 class BranchConfig(MethodConfig):

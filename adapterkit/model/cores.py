@@ -43,6 +43,23 @@ def cores(blueprint: Blueprint) -> dict[str, Core]:
     return found
 
 
+def apart(blueprint: Blueprint, slot: Slot) -> Slot | None:
+    """The core that treats examples apart, where a slot in it is called with something that has no row for
+    each; None if that cannot be told from the interface.
+    """
+    if slot.batch != "none":
+        return None
+    core = blueprint.places.get(f"{slot.stack}.{slot.layer}.{slot.sublayer}.core")
+    inside = core is not None and core.batch == "first" and slot.path.startswith(f"{core.path}.")
+    return core if inside and whole_arguments(blueprint, slot.stack) else None
+
+
+def whole_arguments(blueprint: Blueprint, stack: str) -> frozenset[str]:
+    """Arguments of the modules of a stack that have no row for each example."""
+    said = blueprint.stacks[stack].inputs.batch
+    return frozenset(name for name, axis in said.items() if axis == "none")
+
+
 def _core(blueprint: Blueprint, place: Slot) -> Core:
     sublayer, info = str(place.sublayer), blueprint.stacks[place.stack]
     _, kv_heads = info.sizes.get(place.sublayer_address, (None, None))

@@ -340,7 +340,8 @@ class Inputs(Model):
     positions: str | None = Field("position_ids", description="argument of positions; null: there is none")
     aligned: Strings = Field((), description="further arguments with a value, or several, per token")
     batch: dict[str, Batch] = Field(
-        default_factory=dict, description="axis of the batch, where it is not the first"
+        default_factory=dict,
+        description="axis of the batch, where it is not the first; also of what attention is called with",
     )
 
 

@@ -23,7 +23,7 @@ from sphinx.util.docutils import SphinxDirective
 from transformers import AutoConfig, AutoModel
 
 from adapterkit.api import attach
-from adapterkit.cli.families import no_parallel, refusal
+from adapterkit.cli.families import ROWLESS, no_parallel, refusal, rowless
 from adapterkit.composition import (
     Average,
     BatchSplit,
@@ -34,7 +34,7 @@ from adapterkit.composition import (
     Split,
     Stack,
 )
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, listing
 from adapterkit.methods.names import LEGACY, METHODS, PRESETS, parse
 from adapterkit.spec import registry, vocabulary
 from adapterkit.spec.schema import Interface, Layers, Path, Unembed
@@ -209,11 +209,17 @@ def matrix() -> str:
         whys = (refusal(interface, config) for config in configs.values())
         cells = [
             "✓" if why is None else f"({reasons.setdefault(why, len(reasons) + 1)})"
-            for why in (*whys, no_parallel(interface))
+            for why in (*whys, no_parallel(interface) or not_everywhere(interface))
         ]
         rows.append((f"`{name}`", *cells))
     notes = [f"({number}) {why}" for why, number in reasons.items()]
     return "\n\n".join([table(("family", *configs, "Parallel"), iter(rows)), *notes])
+
+
+def not_everywhere(interface: Interface) -> str | None:
+    """Where adapters cannot act side by side, if they can elsewhere."""
+    found = list(rowless(interface))
+    return f"not at {listing(found)}: {ROWLESS}" if found else None
 
 
 BLOCKS: dict[str, Any] = {

@@ -66,6 +66,8 @@ def test_list_is_derived_from_the_specs(run: Run) -> None:
     assert set(rows) == {path.stem for path in registry.shipped_directory().glob("*.yaml")}
     assert all(set(row["methods"]) >= LORA_FAMILY for row in rows.values())
     assert all(rows[name]["parallel"] is None for name in ROWS if name in rows)
+    assert not any(rows[name]["parallel_not_at"] for name in ROWS if name in rows)
+    assert rows["swin"]["parallel_not_at"] == [f"attention.{role}" for role in "qkvo"]
     assert rows["clip"]["model_types"] == ["clip", "clip_text_model", "clip_vision_model"]
     lines = run("list").out.splitlines()
     assert lines[0].split() == ["interface", "model", "types", "methods", "Parallel"]

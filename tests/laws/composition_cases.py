@@ -58,11 +58,6 @@ SETUPS: dict[str, Setup] = {
 }
 """Word -> a setup of two adapters."""
 _NO_MEAN = ("prefix_tuning", "prefix_tuning_flat", "prompt_tuning", "seq_bn_inv", "mam", "unipelt")
-_APART = {
-    "deberta": ("lora", "vera", "dora", "dvora", "mtl_lora"),
-    "deberta_v2": ("lora", "ia3", "vera", "dora", "dvora", "mtl_lora", "lora|par_bn", "unipelt"),
-}
-"""Row -> methods with targets that also map relative positions, which belong to no example."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +79,6 @@ class SetupCase(matrix.Case):
         """The code with which the setup must be refused, None if it has a meaning."""
         if self.block == "means" and self.method in _NO_MEAN:
             return "undefined-block"
-        if self.method in _APART.get(self.row, ()) and self.block not in ("Stack", "Average"):
-            return "no-batch-axis"
         return "uneven-prompts" if self.method == "prompt_tuning" and self.block == "nested" else None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -309,9 +310,14 @@ def test_setups_of_adapters_that_are_not_there() -> None:
     assert kit.active is None
 
 
-def test_relative_positions_have_no_row_for_each_example() -> None:
+def test_what_is_called_without_a_row_for_each_example(tmp_path: Path) -> None:
+    """An interface that does not say which arguments of the attention belong to no example."""
+    file = tmp_path / "apart.yaml"
+    file.write_text(
+        "adapterkit: 1\nlike: deberta\nmodel_type: deberta\nstacks:\n  encoder:\n    inputs: {batch: null}\n"
+    )
     model = tiny.build("deberta")
-    attach(model, "lora[targets=all]", "a", activate=False)
+    attach(model, "lora[targets=all]", "a", activate=False, interface=file)
     kit = attach(model, "lora[targets=[v,up]]", "b", seed=1, activate=False)
     error = refused(CompositionError, "no-batch-axis", kit.activate, ak.Parallel("a", "b"))
     assert "pos_proj" in str(error)
