@@ -1,7 +1,9 @@
 """Several adapters in one batch, against PEFT's `adapter_names`, separate forwards and the bare model.
 
 Run: python -m benchmarks.multi [--rounds 15] [--adapters 1,2,4,8,32] [--sizes 28x64] [--steps prefill,decode]
-A decoder with `layers x width`, LoRA of rank 8 on q and v; every adapter has as many examples of the batch.
+    [--targets qv,all] [--batch 32]
+A decoder with `layers x width`, LoRA of rank 8 on q and v or on all seven maps of a layer; every adapter has as
+many examples of the batch.
 `one` is a single adapter for the whole batch, `groups` BatchSplit (what Parallel runs), `route` free rows in
 mixed order, `separate` one forward for each adapter. Prefill has 16 tokens for each example, decode one token
 behind a cache of 16. Reports medians of processor time, and medians of ratios round by round.
@@ -26,6 +28,13 @@ from benchmarks.measure import environment, interleaved, paired_ratio, show
 
 warnings.filterwarnings("ignore")
 LENGTH = 16
+TARGETS = {
+    "qv": ("lora[r=8,init=gaussian]", ["q_proj", "v_proj"]),
+    "all": (
+        "lora[r=8,init=gaussian,targets=all]",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    ),
+}
 
 
 def bare(size: str) -> LlamaModel:
@@ -42,15 +51,15 @@ def bare(size: str) -> LlamaModel:
     return LlamaModel(config).eval()
 
 
-def with_adapterkit(model: nn.Module, number: int) -> ak.Kit:
+def with_adapterkit(model: nn.Module, number: int, targets: str) -> ak.Kit:
     for index in range(number):
-        kit = ak.attach(model, "lora[r=8,init=gaussian]", name=f"a{index}", seed=index, activate=False)
+        kit = ak.attach(model, TARGETS[targets][0], name=f"a{index}", seed=index, activate=False)
         fill(kit[f"a{index}"].parameters(), index)
     return kit
 
 
-def with_peft(model: nn.Module, number: int) -> Any:
-    config = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+def with_peft(model: nn.Module, number: int, targets: str) -> Any:
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS[targets][1])
     wrapped = get_peft_model(model, config, adapter_name="a0")
     for index in range(1, number):
         wrapped.add_adapter(f"a{index}", config)
@@ -82,14 +91,16 @@ def step(model: Any, ids: torch.Tensor, decode: bool, **more: Any) -> Callable[[
 
 
 @torch.no_grad()
-def measure(size: str, number: int, batch: int, decode: bool, rounds: int, repeat: int) -> dict[str, object]:
+def measure(
+    size: str, number: int, batch: int, decode: bool, targets: str, rounds: int, repeat: int
+) -> dict[str, object]:
     model = bare(size)
     ids = torch.randint(0, 1000, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
     names = [f"a{index}" for index in range(number)]
     mixed = [names[index % number] for index in range(batch)]
     each = batch // number
-    kit = with_adapterkit(copy.deepcopy(model), number)
-    wrapped = with_peft(copy.deepcopy(model), number)
+    kit = with_adapterkit(copy.deepcopy(model), number, targets)
+    wrapped = with_peft(copy.deepcopy(model), number, targets)
 
     def under(block: Callable[[], Any], run: Callable[[], Any]) -> Callable[[], Any]:
         def call() -> Any:
@@ -124,7 +135,7 @@ def measure(size: str, number: int, batch: int, decode: bool, rounds: int, repea
         call()
     times = interleaved(contestants, rounds, repeat, clock=time.process_time)
     found: dict[str, object] = {"size": size, "step": "decode" if decode else "prefill", "batch": batch}
-    found["adapters"] = number
+    found |= {"targets": targets, "adapters": number}
     found |= {f"{name} ms": f"{time.median * 1e3:.2f}" for name, time in times.items()}
     for name, other in (
         ("groups", "one"),
@@ -144,12 +155,14 @@ def main() -> None:
     parser.add_argument("--adapters", default="1,2,4,8,32")
     parser.add_argument("--sizes", default="28x64")
     parser.add_argument("--steps", default="prefill,decode")
+    parser.add_argument("--targets", default="qv,all")
     parser.add_argument("--batch", type=int, default=32)
     given = parser.parse_args()
     torch.set_num_threads(1)
     print("environment", environment())
     rows = [
-        measure(size, int(number), given.batch, kind == "decode", given.rounds, given.repeat)
+        measure(size, int(number), given.batch, kind == "decode", targets, given.rounds, given.repeat)
+        for targets in given.targets.split(",")
         for size in given.sizes.split(",")
         for kind in given.steps.split(",")
         for number in given.adapters.split(",")
