@@ -2,8 +2,8 @@
 
 Run: python -m benchmarks.multi [--rounds 15] [--adapters 1,2,4,8,32] [--sizes 28x64] [--steps prefill,decode]
     [--targets qv,all] [--batch 32]
-A decoder with `layers x width`, LoRA of rank 8 on q and v or on all seven maps of a layer; every adapter has as
-many examples of the batch.
+A decoder with `layers x width`, LoRA of rank 8 on q and v or on all seven maps of a layer; every adapter has
+as many examples of the batch.
 `one` is a single adapter for the whole batch, `groups` BatchSplit (what Parallel runs), `route` free rows in
 mixed order, `separate` one forward for each adapter. Prefill has 16 tokens for each example, decode one token
 behind a cache of 16. Reports medians of processor time, and medians of ratios round by round.

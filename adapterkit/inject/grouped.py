@@ -42,7 +42,8 @@ def grouped(step: Lanes, out: T, x: Any, site: Any, index: Callable[[], tuple[T,
     if found is None:
         return None
     unit, stacked = found
-    x = x.to(unit.A.dtype)
+    dtype = unit._parameters["A"].dtype  # type: ignore[union-attr]
+    x = x if x.dtype is dtype else x.to(dtype)
     if even:
         return lora_lanes.equal(out, x, unit, stacked)
     rows = _rows(site, *index(), len(step.lanes), x.dtype)
@@ -92,12 +93,8 @@ def _state(units: list[Any]) -> list[int]:
     """Changes whenever the weights of units do: a tensor that is moved keeps its version, one that is written
     to keeps its place.
     """
-    state: list[int] = []
-    for unit in units:
-        parameters = unit._parameters
-        a, b = parameters["A"], parameters["B"]
-        state += (a.data_ptr(), a._version, b.data_ptr(), b._version)
-    return state
+    tensors = [unit._parameters[name] for unit in units for name in ("A", "B")]
+    return [t._version for t in tensors] + [t.data_ptr() for t in tensors]
 
 
 def _rows(site: Any, index: T, each: int, lanes: int, dtype: torch.dtype) -> Rows:

@@ -198,20 +198,26 @@ class LoRA(Unit):
 
     def _accumulates(self, x: torch.Tensor, host: Any) -> bool:
         """Whether W x may be added to the update: where B is zero, to the bits of the host."""
-        kind = x.dtype
-        plain = kind in (torch.float32, torch.float64) and kind == self.A.dtype == host.weight.dtype
-        return plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and x.numel() > 0
+        # as dictionaries: attributes of modules are slow to find; sharding may have put others there
+        own, weight = self._parameters.get("A"), host._parameters.get("weight")
+        if own is None or weight is None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return False
+        wide = x.dtype is torch.float32 or x.dtype is torch.float64
+        return wide and own.dtype is x.dtype and weight.dtype is x.dtype and x.numel() > 0
 
     def _accumulated(self, x: torch.Tensor, host: Any) -> torch.Tensor:
         """Put b + s B A x first and W x onto it: on a CPU a linear map writes b first anyway."""
+        own: dict[str, Any] = self._parameters
+        a, b, scaling = own["A"], own["B"], self.scaling
+        weight, bias = host._parameters["weight"], host._parameters["bias"]
         flat = x.reshape(-1, x.shape[-1])
         # (R, N): a product with few rows is faster than one with few columns
-        low = self.A @ (F.dropout(flat, self.dropout) if self.training and self.dropout else flat).t()
-        if host.bias is None:
-            out = torch.mm(low.t(), self.B.t() if self.scaling == 1 else self.B.t() * self.scaling)
+        low = a @ (F.dropout(flat, self.dropout) if self.training and self.dropout else flat).t()
+        if bias is None:
+            out = torch.mm(low.t(), b.t() if scaling == 1 else b.t() * scaling)
         else:
-            out = torch.addmm(host.bias, low.t(), self.B.t(), alpha=self.scaling)
-        return out.addmm_(flat, host.weight.t()).view(*x.shape[:-1], -1)
+            out = torch.addmm(bias, low.t(), b.t(), alpha=scaling)
+        return out.addmm_(flat, weight.t()).view(*x.shape[:-1], -1)
 
     def refuses_merge(self) -> str | None:
         return "its gate depends on the input" if self.gate is not None else None
