@@ -164,7 +164,8 @@ class Widen(nn.Module):
         if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             return mask
         message = f"{self.inputs.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
-        raise PlanError(Problem("unfit-input", message, self.stack))
+        expected = "a mask (B, T); a cache of fixed size comes with others, and has no room for a prompt"
+        raise PlanError(Problem("unfit-input", message, self.stack, expected))
 
     def _positions(self, given: dict[str, Any], ids: torch.Tensor | None, past: int) -> torch.Tensor | None:
         """The positions that are given, or those that the embeddings would count by the ids' padding."""

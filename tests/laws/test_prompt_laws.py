@@ -111,6 +111,25 @@ def test_a_text_padded_on_the_left_continues_as_it_does_alone(row: str, position
         torch.testing.assert_close(together[index], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("row", ["gpt2", "llama", "gemma2"])
+def test_a_cache_of_fixed_size_is_refused_where_the_prompt_would_lie_in_it(row: str) -> None:
+    cls = generating(row)[0]
+    kit, given = attach(row, cls), tiny.inputs(row, cls)
+    wanted: dict[str, Any] = {"max_new_tokens": 2, "cache_implementation": "static", "disable_compile": True}
+    with pytest.raises(ak.errors.PlanError) as refused:
+        kit.model.generate(**given, **wanted)
+    assert refused.value.code == "unfit-input"
+    assert "fixed size" in str(refused.value)
+
+
+def test_a_cache_of_fixed_size_has_room_for_a_decoder_whose_encoder_has_the_prompt() -> None:
+    kit, given = attach("t5", "T5ForConditionalGeneration"), tiny.inputs("t5", "T5ForConditionalGeneration")
+    wanted: dict[str, Any] = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    found = kit.model.generate(**given, **wanted, cache_implementation="static", disable_compile=True)
+    expected = kit.model.generate(**given, **wanted)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("row", "init"),
     [("bert", "vocabulary"), ("gemma2", "vocabulary"), ("t5", "from_text"), ("llama", "from_text")],
