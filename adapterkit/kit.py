@@ -135,7 +135,7 @@ class Kit(Named):
         for content in contents:
             self._members.check_name(name or content.name, replace, isinstance(content.config, FusionConfig))
         made = [assemble(self.blueprint, content, name or content.name, head) for content in contents]
-        before = set(self._adapters)
+        before, active = dict(self._adapters), (self._active, self._skipped)
         try:
             for new in made:
                 self._install(
@@ -146,8 +146,13 @@ class Kit(Named):
             if activate and bundle.setup is not None:
                 self.activate(bundle.setup, bundle.skip_layers)
         except BaseException:
-            for own in [own for own in reversed(list(self)) if own not in before]:
-                self.detach(own)
+            for own in reversed(list(self)):
+                if own not in before:
+                    self.detach(own)
+                elif self[own] is not before[own]:
+                    self._members.exchange(self[own], before[own])
+            if before:
+                self.activate(*active)
             raise
         return self
 
@@ -411,9 +416,10 @@ class Kit(Named):
         self._refuse_merged("merge")
         adapter = self[name]
         merging.check(self.model, adapter)
-        self._originals = merging.fold(adapter)
+        programs = self._programs(name)
+        self._originals = merging.fold(self.model, adapter)
         # the heads stay the adapter's own; its units are in the weights now
-        self._members.run({path: p for path, p in self._programs(name).items() if p.instead})
+        self._members.run({path: p for path, p in programs.items() if p.instead})
         adapter.merged = True
         return self
 
@@ -429,10 +435,15 @@ class Kit(Named):
         return self
 
     def merge_and_detach(self, name: str) -> nn.Module:
-        """Fold an adapter in for good and remove every trace of the kit: a plain model."""
+        """Fold an adapter in for good and remove every trace of the kit: a plain model.
+
+        Raises: PlanError: it cannot be folded in exactly, or another library wrapped a host on top; nothing
+            is changed then.
+        """
         adapter = self[name]
         if self.merged not in (None, name):
             self._refuse_merged("merge_and_detach")
+        self._members.check_unwrapped()
         if not adapter.merged:
             self.merge(name)
         merging.keep_heads(adapter, self.blueprint)
@@ -524,7 +535,7 @@ class Kit(Named):
         if len(found) != 1:
             raise ConfigError(Problem("several-adapters", f"the file holds {len(found)} adapters", "source"))
         self._groups.refuse_shared(name, "swap")
-        swapping.swap(self[name], found[0])
+        swapping.swap(self[name], found[0], self.blueprint)
         return self
 
     def _only(self, name: str | None) -> str:

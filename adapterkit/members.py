@@ -145,14 +145,18 @@ class Members:
         self.groups.leave(adapter.name)
         self.top.attend(self.model)
 
+    def check_unwrapped(self) -> None:
+        """Raise PlanError where another library wrapped a host on top, so that the kit cannot leave."""
+        for hosts in (self.entries, *(adapter.injection.hosts for adapter in self.adapters.values())):
+            for path, host in hosts.items():
+                check_unwrapped(host, path)
+
     def take_all(self) -> None:
         """Leave the model as if nothing had ever been attached.
 
         Raises: PlanError: another library wrapped a host on top; nothing is changed.
         """
-        for hosts in (self.entries, *(adapter.injection.hosts for adapter in self.adapters.values())):
-            for path, host in hosts.items():
-                check_unwrapped(host, path)
+        self.check_unwrapped()
         for adapter in list(self.adapters.values()):
             self.take(adapter)
         self._leave()

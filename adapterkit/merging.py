@@ -43,9 +43,22 @@ def check(model: nn.Module, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def fold(adapter: Adapter) -> Originals:
-    """Fold an adapter into its hosts; computed in float32 at least and rounded once."""
+def fold(model: nn.Module, adapter: Adapter) -> Originals:
+    """Fold an adapter into its hosts; computed in float32 at least and rounded once.
+
+    All of them or none: what goes wrong on the way gives every host its bits back.
+    """
     originals: Originals = {}
+    try:
+        _fold_all(adapter, originals)
+    except BaseException:
+        restore(model, originals)
+        raise
+    return originals
+
+
+def _fold_all(adapter: Adapter, originals: Originals) -> None:
+    """Fold every slot, and note of each host what it was before it is written."""
     for path, slots in _by_host(adapter.plan.slots).items():
         host = slots[0].module
         bias = host._parameters.get("bias")
@@ -60,7 +73,6 @@ def fold(adapter: Adapter) -> Originals:
         weight.copy_(new_weight.t() if slots[0].transposed else new_weight)
         if bias is not None and new_bias is not None:
             bias.copy_(new_bias)
-    return originals
 
 
 def _fold_slot(adapter: Adapter, slot: Slot, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from adapterkit.adapter import Adapter
@@ -10,11 +12,12 @@ from adapterkit.files.assemble import compare
 from adapterkit.files.content import Content
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.walk import CHILD
 from adapterkit.planning import Draft, Plan, describe
 
 
 @torch.no_grad()
-def swap(adapter: Adapter, content: Content) -> None:
+def swap(adapter: Adapter, content: Content, blueprint: Blueprint) -> None:
     """Copy the tensors of a file into an adapter of the same method, slots and shapes.
 
     In place: compiled graphs and optimisers keep what they hold.
@@ -25,8 +28,16 @@ def swap(adapter: Adapter, content: Content) -> None:
     given = dict(content.tensors)
     for path, tensors in content.heads.items():
         given |= {f"head.{path}.{key}": tensor for key, tensor in tensors.items()}
+    models = {pooler.address: pooler.module.state_dict() for pooler in blueprint.poolers}
+    problems = []
+    for address, tensors in content.poolers.items():
+        if address in adapter.poolers:
+            given |= {f"{address}.{key}": tensor for key, tensor in tensors.items()}
+        elif not _same(models.get(address, {}), tensors):
+            message = "the file brings another pooler than the model's own, on which this adapter stands"
+            problems.append(Problem("other-adapter", message, address, file=content.source))
     shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
-    problems = compare(shapes, given, content.source)
+    problems += compare(shapes, given, content.source)
     if content.config.to_dict() != adapter.config.to_dict():
         message = f"the file holds {content.config.method} with other options than {adapter.name!r}"
         problems.append(Problem("other-adapter", message, adapter.name, file=content.source))
@@ -34,6 +45,14 @@ def swap(adapter: Adapter, content: Content) -> None:
         raise FileFormatError(problems)
     for key, tensor in own.items():
         tensor.copy_(given[key])
+
+
+def _same(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> bool:
+    """Whether tensors by name are the same numbers; those that adapters put there do not count."""
+    own = {key: tensor for key, tensor in own.items() if f"{CHILD}." not in key}
+    return own.keys() == given.keys() and all(
+        torch.equal(tensor.cpu(), given[key].cpu().to(tensor.dtype)) for key, tensor in own.items()
+    )
 
 
 def flat(adapter: Adapter, blueprint: Blueprint) -> tuple[Plan, Draft]:

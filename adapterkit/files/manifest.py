@@ -66,8 +66,13 @@ def read(buffer: torch.Tensor, file: str) -> dict[str, Any]:
     try:
         data = json.loads(from_buffer(buffer))
     except ValueError:
-        raise FileFormatError(
-            Problem("bad-file", "the manifest of an adapter cannot be read", file=file)
-        ) from None
+        data = None
+    if not isinstance(data, dict):
+        raise FileFormatError(Problem("bad-file", "the manifest of an adapter cannot be read", file=file))
     check_version(data, file)
-    return dict(data)
+    kinds = {"name": str, "config": dict, "interface": dict, "slots": dict, "heads": list}
+    wrong = [word for word, kind in kinds.items() if not isinstance(data.get(word), kind)]
+    if wrong:
+        message = f"the manifest of an adapter lacks or misstates {', '.join(wrong)}"
+        raise FileFormatError(Problem("bad-file", message, file=file))
+    return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -185,5 +184,5 @@ def interface_for(source: str | Path, given: Any, revision: str | None, local_fi
     if any((directory / name).is_file() for name in (_CHECKPOINTS[0], _INDEX)):
         parts = strip(_checkpoint_tensors(directory, allow_bin=False))
         for key in sorted(part for part in parts if is_manifest(part)):
-            return json.loads(bytes(parts[key].numpy().tobytes()))["interface"]["spec"]
+            return manifest.read(parts[key], str(directory))["interface"].get("spec")
     return None

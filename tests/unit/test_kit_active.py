@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import adapterkit as ak
+from adapterkit import merging
 from adapterkit.errors import CompositionError, NotAttachedError, PlanError
 from tests.unit.kit_scene import INPUTS, bert, move, picture, refused, run, trained
 
@@ -212,6 +215,36 @@ def test_detach_takes_the_merged_weights_back(kit: ak.Kit, outputs: dict[str, Te
     kit.merge("b")
     kit.detach()
     assert torch.equal(run(kit.model), base)
+
+
+def test_a_merge_that_fails_gives_every_weight_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = ak.attach(bert(), "lora")
+    output = move(kit, "default")
+    weights = {name: value.clone() for name, value in kit.model.state_dict().items()}
+    folded = merging._fold_slot
+    done: list[int] = []
+
+    def breaking(*args: Any) -> None:
+        if len(done) == 2:
+            raise RuntimeError("no memory")
+        done.append(folded(*args) or 0)
+
+    monkeypatch.setattr(merging, "_fold_slot", breaking)
+    with pytest.raises(RuntimeError):
+        kit.merge("default")
+    assert kit.merged is None and len(done) == 2
+    assert all(torch.equal(value, weights[name]) for name, value in kit.model.state_dict().items())
+    assert torch.equal(run(kit.model), output)
+
+
+def test_a_kit_that_cannot_leave_merges_nothing_for_good() -> None:
+    kit = ak.attach(bert(), "lora")
+    output = move(kit, "default")
+    host = kit.model.bert.encoder.layer[1].attention.self.value
+    host.__class__ = type("Wrapped", (type(host),), {})
+    refused(PlanError, "wrapped-on-top", kit.merge_and_detach, "default")
+    assert kit.merged is None and ak.of(kit.model) is kit
+    assert torch.equal(run(kit.model), output)
 
 
 def test_merge_and_detach_leaves_a_plain_model(kit: ak.Kit, outputs: dict[str, Tensor]) -> None:

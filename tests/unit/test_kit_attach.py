@@ -104,6 +104,28 @@ def test_a_second_adapter_that_fails_leaves_the_first(monkeypatch: pytest.Monkey
     assert torch.equal(run(kit.model), output)
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_load_of_several_that_fails_leaves_the_kit_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replace: bool
+) -> None:
+    other = ak.attach(bert(), "lora[r=4]", name="a")
+    other.attach("ia3", name="b")
+    other.model.save_pretrained(tmp_path)
+    kit = ak.attach(bert(), "lora", name="a" if replace else "z")
+    old = dict(kit)
+    output = move(kit, next(iter(kit)))
+    before = modules(kit.model)
+    # the second of the two, and not what is put back afterwards
+    monkeypatch.setattr(members, "inject", breaking(members.inject, 1))
+    with pytest.raises(AccidentError):
+        kit.load(tmp_path, replace=replace)
+    monkeypatch.undo()
+    assert modules(kit.model) == before
+    assert dict(kit) == old
+    assert kit.active == next(iter(old))
+    assert torch.equal(run(kit.model), output)
+
+
 def test_a_host_that_another_library_wrapped_is_refused() -> None:
     model = bert()
     host = model.bert.encoder.layer[1].attention.self.value

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,16 @@ from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
 from adapterkit.files.adapterhub.keys import Host, Keyed
 from adapterkit.files.adapterhub.member import Shapes
 from adapterkit.model.blueprint import Blueprint
+
+
+@contextmanager
+def told_of(directory: Path) -> Iterator[None]:
+    """Let problems that name no file of their own name the directory that is read."""
+    try:
+        yield
+    except FileFormatError as error:
+        source = str(directory)
+        raise FileFormatError(p if p.file else replace(p, file=source) for p in error.problems) from None
 
 
 def check_model(data: Mapping[str, Any], blueprint: Blueprint) -> None:

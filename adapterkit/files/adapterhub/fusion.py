@@ -6,7 +6,6 @@ The adapters that are fused have directories of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from adapterkit.errors import FileFormatError, Problem
 from adapterkit.files.adapterhub import keys
-from adapterkit.files.adapterhub.comparison import check_model, differences, weights_file
+from adapterkit.files.adapterhub.comparison import check_model, differences, told_of, weights_file
 from adapterkit.files.adapterhub.config import validated
 from adapterkit.files.adapterhub.member import Shapes
 from adapterkit.files.adapterhub.places import hub_of
@@ -62,11 +61,8 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     Raises: FileFormatError: with everything that is unknown, missing or cannot be reproduced.
     """
     data = read_json(directory / CONFIG)
-    try:
+    with told_of(directory):
         return _content(data, directory, blueprint, allow_bin)
-    except FileFormatError as error:
-        source = str(directory)
-        raise FileFormatError(p if p.file else replace(p, file=source) for p in error.problems) from None
 
 
 def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:

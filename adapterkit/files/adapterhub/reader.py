@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from adapterkit.errors import FileFormatError, Problem, listing
 from adapterkit.files.adapterhub import keys
 from adapterkit.files.adapterhub.bottleneck import BottleneckMember
-from adapterkit.files.adapterhub.comparison import check_model, differences, weights_file
+from adapterkit.files.adapterhub.comparison import check_model, differences, told_of, weights_file
 from adapterkit.files.adapterhub.invertible import InvertibleMember
 from adapterkit.files.adapterhub.legacy import renamed, updated
 from adapterkit.files.adapterhub.lora import LoRAMember
@@ -54,11 +53,8 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
     Raises: FileFormatError: with everything that is unknown, missing or cannot be reproduced.
     """
     data = read_json(directory / CONFIG)
-    try:
+    with told_of(directory):
         return _content(data, directory, blueprint, allow_bin)
-    except FileFormatError as error:
-        source = str(directory)
-        raise FileFormatError(p if p.file else replace(p, file=source) for p in error.problems) from None
 
 
 def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, allow_bin: bool) -> Content:
