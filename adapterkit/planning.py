@@ -158,7 +158,13 @@ def describe(
     )
 
 
-def _seeded(seed: int) -> torch.Generator:
+def seeded(seed: int | None) -> torch.Generator | None:
+    """A generator on the CPU, so that the device does not matter; None: numbers come from torch's own.
+
+    Raises: ConfigError: it is no seed.
+    """
+    if seed is None:
+        return None
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:  # what torch takes
         raise ConfigError(Problem("bad-option", f"{seed!r} is no seed", "seed", "a whole number of 64 bits"))
     return torch.Generator().manual_seed(seed)
@@ -177,6 +183,5 @@ def prepare(
     Raises: PlanError, ConfigError: as `choose`.
     """
     selection = choose(blueprint, config, strict)
-    generator = None if seed is None else _seeded(seed)
-    draft = build(config, selection.slots, generator)
+    draft = build(config, selection.slots, seeded(seed))
     return describe(blueprint, config, name, selection, heads, draft), draft

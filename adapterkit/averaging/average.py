@@ -15,6 +15,7 @@ from adapterkit.errors import ConfigError, Problem, did_you_mean, listing
 from adapterkit.files.content import Content
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.model.blueprint import Blueprint
+from adapterkit.planning import seeded
 
 Strategy = Literal["linear", "negate_b", "svd", "ties", "dare", "magnitude"]
 STRATEGIES = get_args(Strategy)
@@ -91,8 +92,7 @@ def how_of(strategy: str, rank: int | None, density: float, seed: int | None) ->
         found.append((f"the rank of {strategy!r} follows from the adapters", "rank", expected, ""))
     if found:
         raise ConfigError(Problem("bad-option", *problem) for problem in found)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return How(strategy, rank, float(density), generator)
+    return How(strategy, rank, float(density), seeded(seed))
 
 
 def _weighted(adapters: Sequence[tuple[Adapter, float]], normalize: bool) -> list[tuple[Adapter, float]]:

@@ -259,6 +259,8 @@ def test_types_that_are_refused(dtype: Any) -> None:
 @pytest.mark.parametrize("seed", ["0", 1.5, 2**64])
 def test_seeds_that_are_refused(seed: Any) -> None:
     refused(ConfigError, "bad-option", ak.attach, bert(), "lora", seed=seed)
+    kit = ak.attach(bert(), "lora")
+    refused(ConfigError, "bad-option", kit.average, ["default"], name="mean", strategy="dare", seed=seed)
 
 
 def test_a_word_for_heads_that_means_nothing_is_refused(tmp_path: Path) -> None:
