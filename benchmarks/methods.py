@@ -1,6 +1,7 @@
 """Forward and train step of every method as a ratio to the bare model.
 
 Run: python -m benchmarks.methods [--rounds 9] [--sizes 4x256,12x768] [--methods lora,seq_bn,...]
+    [--examples 2]
 With AdapterHub's `adapters` 1.3.0 in an environment of its own, `python benchmarks/methods_adapters.py`
 measures the same models and methods there against its own bare model; only ratios are compared.
 """
@@ -51,9 +52,11 @@ def step(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Callable[[], ob
     return synchronised(call)
 
 
-def measure(size: str, methods: list[str], rounds: int) -> list[dict[str, object]]:
+def measure(
+    size: str, methods: list[str], rounds: int, examples: int | None = None
+) -> list[dict[str, object]]:
     """One row for each method: ratio of the medians' rounds to the bare model's."""
-    plain, batch = bare(size), inputs(size)
+    plain, batch = bare(size), inputs(size, examples)
     rows = []
     for method in methods:
         model = copy.deepcopy(plain)
@@ -77,13 +80,14 @@ def main() -> None:
     parser.add_argument("--sizes", default="4x256,12x768")
     parser.add_argument("--methods", default=DEFAULTS)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--examples", type=int, help="examples in a batch; default: 4, at 12x768 8")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(environment())
     known = {*METHODS, *PRESETS}
     wanted = [name for name in given.methods.split(",") if name.split("[")[0] in known]
     for size in given.sizes.split(","):
-        show(f"methods {size}", measure(size, wanted, given.rounds))
+        show(f"methods {size}", measure(size, wanted, given.rounds, given.examples))
 
 
 if __name__ == "__main__":

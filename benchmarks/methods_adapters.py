@@ -1,6 +1,6 @@
 """The same ratios for AdapterHub's `adapters`, in an environment of its own. Needs nothing of adapterkit.
 
-Run there: python benchmarks/methods_adapters.py [--rounds 9] [--sizes 4x256,12x768]
+Run there: python benchmarks/methods_adapters.py [--rounds 9] [--sizes 4x256,12x768] [--methods lora,...] [--examples 2]
 """
 
 import argparse
@@ -59,9 +59,9 @@ def bare(size: str) -> BertModel:
     return BertModel(config, add_pooling_layer=False)
 
 
-def inputs(size: str) -> dict:
+def inputs(size: str, examples: int | None) -> dict:
     batch, length = BATCHES[size]
-    ids = torch.randint(0, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 1000, (examples or batch, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -87,9 +87,10 @@ def step(model, batch):
     return call
 
 
-def measure(size: str, rounds: int) -> list[dict]:
-    plain, batch, rows = bare(size), inputs(size), []
-    for name, config in METHODS.items():
+def measure(size: str, methods: list[str], rounds: int, examples: int | None) -> list[dict]:
+    plain, batch, rows = bare(size), inputs(size, examples), []
+    for name in methods:
+        config = METHODS[name]
         model = copy.deepcopy(plain)
         adapters.init(model)
         found = {"size": size, "method": name}
@@ -114,6 +115,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", default="4x256,12x768")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--examples", type=int)
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(
@@ -124,4 +127,6 @@ if __name__ == "__main__":
         }
     )
     for size in given.sizes.split(","):
-        show(f"adapters methods {size}", measure(size, given.rounds))
+        show(
+            f"adapters methods {size}", measure(size, given.methods.split(","), given.rounds, given.examples)
+        )

@@ -56,9 +56,12 @@ def synchronised(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def inputs(size: str) -> dict[str, torch.Tensor]:
+def inputs(size: str, examples: int | None = None) -> dict[str, torch.Tensor]:
+    """A batch of random tokens without padding, of as many examples as wanted."""
     batch, length = BATCHES[size]
-    ids = torch.randint(0, 1000, (batch, length), generator=torch.Generator().manual_seed(0)).to(device())
+    ids = torch.randint(0, 1000, (examples or batch, length), generator=torch.Generator().manual_seed(0)).to(
+        device()
+    )
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
