@@ -1,6 +1,7 @@
 """The same ratios for AdapterHub's `adapters`, in an environment of its own. Needs nothing of adapterkit.
 
-Run there: python benchmarks/methods_adapters.py [--rounds 9] [--sizes 4x256,12x768] [--methods lora,...] [--examples 2]
+Run there: python benchmarks/methods_adapters.py [--rounds 9] [--sizes 4x256,12x768] [--methods lora,ia3,...]
+    [--examples 2]
 """
 
 import argparse
