@@ -34,6 +34,7 @@ from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
 from adapterkit.methods.targets import Layers
 from adapterkit.model.blueprint import Blueprint, Head
+from adapterkit.model.heads import loose_parameters
 from adapterkit.planning import Draft, Plan, prepare
 from adapterkit.routing import chosen
 from adapterkit.runtime import Programs, Record
@@ -42,7 +43,7 @@ Method = str | Mapping[str, Any] | MethodConfig
 Head_ = Literal["auto"] | bool
 
 
-def _check_head(head: Any) -> None:
+def _check_word(head: Any) -> None:
     if head not in ("auto", True, False):
         raise ConfigError(Problem("bad-option", f"{head!r} does not fit", "head", "'auto', True or False"))
 
@@ -81,7 +82,7 @@ class Kit(Named):
         """
         config = parse(method)
         try:
-            self.plan(config)
+            self.plan(config, head=False)
         except (PlanError, ConfigError):
             return False
         return True
@@ -122,7 +123,7 @@ class Kit(Named):
         replace: bool = False,
     ) -> Kit:
         """Add the adapters of a file; see `adapterkit.load`."""
-        _check_head(head)
+        self._check_head(head)
         bundle = reader.read(
             source, self.blueprint, revision=revision, local_files_only=local_files_only, allow_bin=allow_bin
         )
@@ -191,10 +192,22 @@ class Kit(Named):
         return self
 
     def _heads(self, head: Head_) -> tuple[Head, ...]:
-        _check_head(head)
+        self._check_head(head)
         if head is True and not self.blueprint.heads:
             raise PlanError(Problem("no-head", f"{type(self.model).__name__} has no task head", "head"))
         return self.blueprint.heads if head else ()
+
+    def _check_head(self, head: Head_) -> None:
+        """Refuse a word that means nothing, and a head that no adapter could own.
+
+        Raises: ConfigError, PlanError.
+        """
+        _check_word(head)
+        loose = loose_parameters(self.model) if head else ()
+        if loose:
+            message = f"{type(self.model).__name__} keeps weights of its head in no module: {listing(loose)}"
+            expected = "head=False, which leaves them as they are"
+            raise PlanError(Problem("loose-head", message, "head", expected))
 
     # -- which adapter acts
 
@@ -497,10 +510,11 @@ class Kit(Named):
         `name` may be left out if there is only one. A setup is saved with the tensors that its adapters
         share, and with the layers that it skips if it is the active one.
         """
-        _check_head(head)
+        _check_word(head)
         if setup is not None:
             return self._save_setup(Path(directory), name, setup, head, format)
         adapter = self[self._only(name)]
+        reader.refuse_hidden(Path(directory))
         if format == "peft":
             return peft.write(Path(directory), adapter, self.blueprint, head)
         if format == "adapterhub":

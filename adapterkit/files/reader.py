@@ -58,6 +58,19 @@ _KINDS = {
 """File by which a directory is known -> its format; '' where the file itself has to be looked into."""
 
 
+def refuse_hidden(directory: Path) -> None:
+    """Refuse to write an adapter beside what would be read in its place.
+
+    Raises: FileFormatError.
+    """
+    for name in _KINDS:
+        if name == native.CONFIG:
+            return
+        if (directory / name).is_file():
+            message = f"holds {name}, which would be read in place of an adapter that is written there"
+            raise FileFormatError(Problem("bad-file", message, file=str(directory)))
+
+
 def kind(directory: Path) -> str:
     """Format of a directory: native, adapterhub, peft, checkpoint, or what else `_KINDS` has.
 

@@ -29,6 +29,16 @@ def find_heads(
     return tuple(heads)
 
 
+def loose_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Weights that a class with a head keeps directly, in no module that could be copied.
+
+    Those of a model that is its own base, such as a scale of logits, are no head.
+    """
+    inner = getattr(model, "base_model", model)
+    own = (name for name, parameter in model._parameters.items() if parameter is not None)
+    return tuple(own) if isinstance(inner, nn.Module) and inner is not model else ()
+
+
 def _collect(module: nn.Module, path: str, claimed: set[int], heads: list[Head]) -> None:
     """Maximal modules below `module` that hold weights and nothing claimed."""
     for name, found in module.named_children():

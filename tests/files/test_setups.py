@@ -175,3 +175,14 @@ def test_files_beside_a_setup_are_not_lost(tmp_path: Path) -> None:
         kit.save(tmp_path / "crew", setup=ak.Stack("b", "a"))
     assert caught.value.code == "bad-file"
     assert (tmp_path / "crew" / "README.md").read_text() == "keep"
+
+
+def test_an_adapter_is_not_hidden_behind_a_setup(tmp_path: Path) -> None:
+    """`ak.load` would read the setup that is there, and not the adapter that was written last."""
+    kit = crew("a", "b")
+    kit.save(tmp_path, setup=ak.Stack("a", "b"))
+    for form in ("adapterkit", "peft", "adapterhub"):
+        with pytest.raises(FileFormatError) as caught:
+            kit.save(tmp_path, "a", format=form)
+        assert caught.value.code == "bad-file" and "adapterkit_setup.json" in str(caught.value)
+    assert not (tmp_path / "adapter_config.json").exists()

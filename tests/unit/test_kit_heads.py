@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TapasConfig, TapasForQuestionAnswering
 
 import adapterkit as ak
 from adapterkit.errors import FileFormatError, PlanError
@@ -203,6 +204,23 @@ def test_a_head_that_is_a_sequential_runs_its_own_members_only() -> None:
     kit.detach()
     assert type(model.head) is nn.Sequential
     assert torch.equal(logits(), before)
+
+
+def test_weights_of_a_head_that_are_in_no_module_are_refused(tmp_path: Path) -> None:
+    """They are random in a new model: without a word, an adapter would come back to other ones."""
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    config = TapasConfig(**sizes, intermediate_size=48, max_position_embeddings=64)
+    model = TapasForQuestionAnswering(config)
+    refused(PlanError, "loose-head", ak.attach, model, "lora")
+    refused(PlanError, "loose-head", ak.plan, model, "lora", head=True)
+    kit = ak.attach(model, "lora", head=False)
+    assert len(kit["default"].plan.slots) == 2
+    kit.save(tmp_path)
+    refused(PlanError, "loose-head", ak.load, TapasForQuestionAnswering(config), tmp_path)
+    assert list(ak.load(TapasForQuestionAnswering(config), tmp_path, head=False)) == ["default"]
+    assert ak.attach(tiny.build("clip", "CLIPModel"), "lora")[
+        "default"
+    ].heads  # a base with a scale of its own
 
 
 def test_a_list_of_heads_is_a_head_for_each_member() -> None:
