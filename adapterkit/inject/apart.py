@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adapterkit.inject import cut as cuts
 from adapterkit.inject import lanes
 from adapterkit.inject.cut import Cut
 from adapterkit.methods.flow import Flow, given_arguments
@@ -40,7 +39,7 @@ def _lanes(step: Lanes, whole: frozenset[str], given: dict[str, Any], host: Any,
     left: list[Flow | None] = []
     before = dict(flow)
     for lane, own in enumerate(lanes.with_none(step, cut)):
-        if cut.empty(lane) and not isinstance(cut, cuts.Mask):
+        if lanes.idle(lane, cut):
             parts.append(None)
             left.append(None)
             continue

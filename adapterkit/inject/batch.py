@@ -178,13 +178,18 @@ def _check_index(model: nn.Module, index: Any, lanes_: int, found: Mapping[str, 
             message = f"{option} name {index.shape[0]} examples, but {name} has {number}"
             expected = "one for each example; kit.generate(...) to generate with beams"
             raise CompositionError(Problem("batch-mismatch", message, expected=expected))
+    lowest = 0 if option == "task_ids" else -1
     if torch.compiler.is_compiling():
+        # a graph has no branches, but assertions
+        inside = ((index >= lowest) & (index < lanes_)).all()
+        torch._assert_async(inside, f"{option} are {lowest} to {lanes_ - 1}")
         return
-    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < lanes_:
+    if index.numel() and not lowest <= int(index.min()) <= int(index.max()) < lanes_:
         message = (
             f"{option} go from {int(index.min())} to {int(index.max())}, but there are {lanes_} children"
         )
-        raise CompositionError(Problem("unknown-row", message, expected=f"0 to {lanes_ - 1}, or -1 for none"))
+        expected = f"0 to {lanes_ - 1}" + (", or -1 for none" if lowest else "")
+        raise CompositionError(Problem("unknown-row", message, expected=expected))
     if torch.is_grad_enabled() and model.training and checkpoints(model):
         message = f"the model checkpoints its layers; they would run again in backward with other {option}"
         raise CompositionError(Problem("override-checkpointed", message))

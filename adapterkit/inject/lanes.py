@@ -206,7 +206,7 @@ def instead(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], host: Any
     cut = cut_of(step, tensor_in((args, kwargs)), host)
     parts: list[Any] = []
     for lane, own in enumerate(with_none(step, cut)):
-        if cut.empty(lane):
+        if idle(lane, cut):
             parts.append(None)
             continue
         given, named = cut.part(lane, args), cut.part(lane, kwargs)
@@ -252,6 +252,11 @@ def joined(cut: Cut, parts: Sequence[Any]) -> Any:
 def with_none(step: Lanes, cut: Cut) -> list[tuple[Step, ...]]:
     """The lanes, and where the batch may take none, one without steps."""
     return [*step.lanes, ()] if step.kind in INDEX else list(step.lanes)
+
+
+def idle(lane: int, cut: Cut) -> bool:
+    """Whether no example of a lane is there. A compiled graph cannot tell: all are called, for all examples."""
+    return cut.empty(lane) and not isinstance(cut, cuts.Mask)
 
 
 class Read:

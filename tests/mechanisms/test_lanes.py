@@ -160,23 +160,30 @@ def test_one_graph_serves_every_routing(row: str) -> None:
 @pytest.mark.parametrize(
     ("row", "first", "setups"),
     [
-        ("bert", True, SETUPS[:1]),
-        ("bert", False, SETUPS[:3]),
+        *(("bert", setup, SETUPS[:1]) for setup in SETUPS[:3]),
+        ("bert", None, SETUPS[:3]),
         *(
             pytest.param(row, first, SETUPS, marks=pytest.mark.full)
             for row in ("bert", "llama")
-            for first in (0, 1)
+            for first in (None, *SETUPS[:3])
         ),
     ],
+    ids=str,
 )
 @torch._dynamo.config.patch(recompile_limit=64)
-def test_setups_in_compiled_graphs(row: str, first: bool, setups: list[tuple[Setup, dict[str, Any]]]) -> None:
+def test_setups_in_compiled_graphs(
+    row: str, first: tuple[Setup, dict[str, Any]] | None, setups: list[tuple[Setup, dict[str, Any]]]
+) -> None:
     """Active before the first compiled call, or after it."""
     torch._dynamo.reset()
     model, kit, given = scene(row)
-    kit.activate(SETUPS[0][0] if first else None)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    run(compiled, given)
+    setup, rows = first or (None, {})
+    kit.activate(setup)
+    column = {"adapter_rows": torch.tensor([2, -1, 1])} if rows else {}
+    found, expected = run(compiled, {**given, **column}), run(model, {**given, **column})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    kit.activate(None)
     for setup, rows in setups:
         with kit.using(setup, **rows):
             for _ in range(2):

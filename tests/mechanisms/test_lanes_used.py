@@ -137,6 +137,81 @@ def test_a_stock_trainer_gives_the_rows_as_a_column(column: str, tmp_path: Path)
     assert changed == {"a": True, "b": True, "c": column == "task_ids"}
 
 
+def shared_tasks() -> tuple[nn.Module, ak.Kit]:
+    """Two tasks of MTL-LoRA with both projections in common."""
+    model = tiny.build("bert", "BertForSequenceClassification")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for seed, name in enumerate("ab"):
+        kit = attach(model, "mtl_lora[r=3, n_up=2]", name, seed=seed, activate=False)
+    kit.share("a", "b").activate(ak.MultiTask("a", "b"))
+    return model, kit
+
+
+def test_a_stock_trainer_trains_tasks_with_shared_parameters(tmp_path: Path) -> None:
+    """As steps that are made by hand do; what is shared stays one tensor, and a checkpoint brings it back."""
+    column = [{**each, "task_ids": each["task_ids"] % 2} for each in examples("bert", "task_ids")]
+    model, kit = shared_tasks()
+    settings = {"max_steps": 3, "per_device_train_batch_size": 8, "report_to": [], "use_cpu": True}
+    settings |= {"lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "save_steps": 3}
+    arguments = TrainingArguments(
+        str(tmp_path), remove_unused_columns=False, learning_rate=0.5, disable_tqdm=True, **settings
+    )
+    trainer = Trainer(model, arguments, train_dataset=column)
+    trainer.train()
+
+    twin, other = shared_tasks()
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):  # all examples in every step, so that their order does not matter
+        optimizer.zero_grad()
+        twin(**trainer.data_collator(column)).loss.backward()
+        optimizer.step()
+    names = [key for key, _ in kit["a"].named_parameters() if key.endswith((".A", ".B"))]
+    a, b = dict(kit["a"].named_parameters()), dict(kit["b"].named_parameters())
+    assert names and all(a[key] is b[key] for key in names)
+    start = dict(shared_tasks()[1]["a"].named_parameters())
+    assert all(not torch.equal(a[key], start[key]) for key in names)
+    for name in "ab":
+        for key, value in other[name].state_dict().items():
+            torch.testing.assert_close(kit[name].state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+    again, third = shared_tasks()
+    resumed = Trainer(again, arguments, train_dataset=column)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    a, b = dict(third["a"].named_parameters()), dict(third["b"].named_parameters())
+    assert all(a[key] is b[key] for key in names)
+    for name in "ab":
+        for key, value in kit[name].state_dict().items():
+            assert torch.equal(third[name].state_dict()[key], value)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_column_in_a_compiled_model(backend: str) -> None:
+    """One graph for all; what names no child is an error there, too."""
+    torch._dynamo.reset()
+    model = tiny.build("bert", "BertForSequenceClassification")
+    for seed, name in enumerate("ab"):
+        kit = attach(model, "lora[r=4]", name, seed=seed, activate=False)
+    given = tiny.inputs("bert", "BertForSequenceClassification", batch=3)
+    kit.activate(ak.Route("a", "b"))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for rows in ([1, -1, 0], [0, 0, 1], [-1, -1, -1]):
+            column = {"adapter_rows": torch.tensor(rows)}
+            found, expected = (tiny.output(called(**given, **column)) for called in (compiled, model))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for rows in ([2, 0, 0], [0, -2, 0]):
+            with pytest.raises(RuntimeError, match="rows are -1 to 1"):
+                compiled(**given, adapter_rows=torch.tensor(rows))
+        kit.activate(ak.MultiTask("a", "b"))
+        for tasks in ([-1, 0, 0], [0, 2, 0]):
+            refused(CompositionError, "unknown-row", model, **given, task_ids=torch.tensor(tasks))
+            with pytest.raises(RuntimeError, match="task_ids are 0 to 1"):
+                compiled(**given, task_ids=torch.tensor(tasks))
+    torch._dynamo.reset()
+
+
 def test_the_column_is_what_using_says() -> None:
     model = tiny.build("bert")
     for seed, name in enumerate("ab"):
