@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from adapterkit import fusing
@@ -87,8 +86,9 @@ def programs(
         composed = old.composed or any(isinstance(step, Lanes) for step in steps[place])
         changed: dict[str, Any] = {field: (*getattr(old, field), *steps[place]), "composed": composed}
         found[place.path] = old._replace(**changed)
-    for path, key in compiler.joining(steps):
-        found[path] = found[path]._replace(joined=found[path] == Program(outputs=(key,)))
+    for path, key in compiler.joining():
+        if found.get(path) == Program(outputs=(key,)):
+            found[path] = found[path]._replace(joined=True)
     batch = _batch(setup)
     if batch is not None:
         found[entry.Top.key] = found.get(entry.Top.key, Program())._replace(batch=batch)
@@ -120,6 +120,8 @@ class _Compiler:
         """Name of the adapter that acts first, on everything."""
         self.units: dict[tuple[str, str], tuple[Unit, Slot]] = {}
         """(path, key) of every unit that was met -> the unit and its slot."""
+        self.apart: set[str] = set()
+        """Paths of modules that are called for one lane at a time."""
         self.blocks = 0
         """How many blocks have lanes that run one at a time around some cores."""
 
@@ -162,7 +164,7 @@ class _Compiler:
                 path, key = adapter.injection.by_address[slot.address]
                 core = apart(self.blueprint, slot)
                 if core is not None:
-                    slot = replace(slot, batch="first")  # when the core is called for one lane
+                    self.apart.add(slot.path)
                     found.setdefault(Place(core.path, _AROUND, 0), ())
                 self.units[path, key] = unit, slot
                 place = Place(path, unit.acts_on, unit.phase)
@@ -256,7 +258,10 @@ class _Compiler:
             if not always and kind not in lanes.INDEX and _alike(kind, own, numbers):
                 found[place] = own[0]  # all lanes do the same
                 continue
-            refuse_undefined(block, self._within(place, (Lanes(kind, own),)))
+            acting = self._within(place, (Lanes(kind, own),))
+            if kind in _ROW_WISE:
+                acting = [(unit, slot) for unit, slot in acting if slot.path not in self.apart]
+            refuse_undefined(block, acting)
             if place.acts_on == "held":
                 lengths = [self._positions(place, lane) for lane in own]
                 refuse_uneven(self._prompts(place, (Lanes(kind, own),)), lengths)
@@ -301,7 +306,7 @@ class _Compiler:
         leaves = [unit.leaves for unit in units if unit.leaves]
         return Lanes(kind, own, numbers, tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(leaves)))
 
-    def joining(self, steps: Steps) -> Iterable[tuple[str, str]]:
+    def joining(self) -> Iterable[tuple[str, str]]:
         """(path, key) of units that can compute their host as well, if they are alone there."""
         return ((path, key) for (path, key), (unit, _) in self.units.items() if unit.joins)
 
@@ -330,6 +335,8 @@ class _Compiler:
             adapter = self.adapters[setup]
             placed = [adapter.injection.by_address[address] for address in (*adapter.heads, *adapter.poolers)]
             return {Place(path, _HEAD, 0): key for path, key in placed}
+        if isinstance(setup, Split):
+            return self.heads([c for c, size in zip(setup.children, setup.splits, strict=True) if size][-1])
         if not isinstance(setup, Parallel | BatchSplit | Route | MultiTask | Average):
             return self.heads(setup.children[-1])
         kind, numbers = _kind(setup)

@@ -56,6 +56,9 @@ def _problem(block: Block, unit: Unit, slot: Slot) -> Problem | None:
         if not unit.per_position or getattr(slot, "chunked", False):
             message = f"{word}: what the unit does depends on the whole sequence"
             return Problem("undefined-block", message, slot.address)
+        if slot.batch != "first":
+            message = f"{word}: {slot.path} is called with something that has no row for each position"
+            return Problem("undefined-block", message, slot.address)
         return None
     if isinstance(block, Average):
         if not unit.averages:

@@ -255,7 +255,7 @@ def with_none(step: Lanes, cut: Cut) -> list[tuple[Step, ...]]:
 
 
 def idle(lane: int, cut: Cut) -> bool:
-    """Whether no example of a lane is there. A compiled graph cannot tell: all are called, for all examples."""
+    """Whether no example of a lane is there. A compiled graph cannot tell: it calls all, for all examples."""
     return cut.empty(lane) and not isinstance(cut, cuts.Mask)
 
 
