@@ -34,7 +34,6 @@ from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
 from adapterkit.methods.targets import Layers
 from adapterkit.model.blueprint import Blueprint, Head
-from adapterkit.model.heads import loose_parameters
 from adapterkit.planning import Draft, Plan, prepare
 from adapterkit.routing import chosen
 from adapterkit.runtime import Programs, Record
@@ -203,7 +202,7 @@ class Kit(Named):
         Raises: ConfigError, PlanError.
         """
         _check_word(head)
-        loose = loose_parameters(self.model) if head else ()
+        loose = self.blueprint.loose if head else ()
         if loose:
             message = f"{type(self.model).__name__} keeps weights of its head in no module: {listing(loose)}"
             expected = "head=False, which leaves them as they are"

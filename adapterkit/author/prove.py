@@ -167,7 +167,7 @@ def _laws(
     yield "off"
     _alive(kit, scene)
     yield "alive"
-    if column.joined == "Parallel":
+    if column.joined == "Parallel" and not _draws(kit, scene):
         _apart(kit, scene)
         yield "apart"
     _file(kit, setup, interface, scene, model, after)
@@ -266,10 +266,10 @@ def randomise(kit: Kit) -> None:
                 tensor.add_((STEP * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype))
 
 
-def _fields(model: nn.Module, scene: Scene) -> dict[str, list[Tensor]]:
+def _fields(model: nn.Module, scene: Scene, seed: int = 0) -> dict[str, list[Tensor]]:
     """What a model gives, by the name of the field; under '' if it gives no map."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         out = model(**copy.deepcopy(dict(scene.inputs)))
     named = out.items() if isinstance(out, Mapping) else (("", out),)
     return {name: list(outputs(value)) for name, value in named}
@@ -280,6 +280,12 @@ def _alike(both: dict[str, list[Tensor]], *alone: dict[str, list[Tensor]]) -> It
     for name, found in both.items():
         if all(len(one.get(name, ())) == len(found) for one in alone):
             yield from zip(found, *(one[name] for one in alone), strict=True)
+
+
+def _draws(kit: Kit, scene: Scene) -> bool:
+    """Whether the model draws numbers in every forward pass, other ones for another batch."""
+    once, again = (_fields(kit.model, scene, seed) for seed in (0, 1))
+    return any(not torch.equal(a, b) for name in once for a, b in zip(once[name], again[name], strict=True))
 
 
 def _apart(kit: Kit, scene: Scene) -> None:
@@ -315,12 +321,7 @@ def _alive(kit: Kit, scene: Scene) -> None:
     if extra:
         raise Broken("alive", f"{extra[0]} of the base is trained")
     found = kit.verify(**scene.inputs)
-    graph = scene.observation.graph
-    places = {**kit.blueprint.slots, **kit.blueprint.places}
-    asleep = [address for address, slot in places.items() if not graph.calls_of(slot.path)]
-    quiet = tuple(
-        {address.rpartition(".")[0] for address in asleep}
-    )  # sublayers that the inputs do not reach
+    quiet = tuple(_quiet(kit, scene))
     dead = [n for n in found.dead if not any(f"{place}." in n for place in quiet)]
     dead = [n for n in dead if not n.rpartition(":")[2].startswith("head.")]
     idle = tuple(f"{address}." for address in _idle(scene, kit.blueprint))
@@ -329,6 +330,20 @@ def _alive(kit: Kit, scene: Scene) -> None:
         raise Broken(
             "alive", f"{dead[0]} does not" + (f", nor do {len(dead) - 1} others" if dead[1:] else "")
         )
+
+
+def _quiet(kit: Kit, scene: Scene) -> Iterator[str]:
+    """What the inputs do not reach, and what the model's output is not made of."""
+    graph = scene.observation.graph
+    used = graph.closure([value for _, value in graph.results])
+    for address, place in {**kit.blueprint.slots, **kit.blueprint.places}.items():
+        calls = graph.calls_of(place.path)
+        if not calls:
+            yield address.rpartition(".")[0]
+            if place.sublayer is not None:
+                yield f"locations.{place.stack}_{place.sublayer}".replace("/", "_")  # of prefixes
+        elif not any(used & set(call.outputs) for call in calls):
+            yield address
 
 
 def _file(

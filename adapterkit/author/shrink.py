@@ -89,7 +89,9 @@ _SUB = "model_type"
 def names(config: Any) -> list[str]:
     """What the config is made with."""
     own = [field.name for field in fields(config) if field.init and not field.name.startswith("_")]
-    return [name for name in own if name in vars(config)]
+    # configs made of others may name them nowhere
+    inner = [name for name, value in vars(config).items() if hasattr(value, _SUB)]
+    return [name for name in dict.fromkeys((*own, *inner)) if name in vars(config)]
 
 
 def sub_configs(config: Any) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class Shrinker:
         Args: said: fields whose values are known, nested for a sub-config.
         Raises: whatever the class says against it.
         """
-        said = said or {}
+        said = {name: value for name, value in (said or {}).items() if name != _SUB}
         held = {name: vars(config)[name] for name in names(config)}
         new: dict[str, Any] = {
             name: self.shrink(value, said.get(name)) if hasattr(value, _SUB) else value
@@ -173,7 +175,11 @@ class Shrinker:
         if isinstance(rope, Mapping):
             new["rope_parameters"] = _rope(rope, held, new)
         new |= {name: value for name, value in said.items() if not hasattr(held.get(name), _SUB)}
-        return type(config)(**new)
+        declared = {field.name for field in fields(config)}
+        # what the class does not declare it takes as in a file
+        return type(config)(
+            **{n: v if n in declared or not hasattr(v, _SUB) else v.to_dict() for n, v in new.items()}
+        )
 
     # ------------------------------------------------------------------------------------------------ layers
 

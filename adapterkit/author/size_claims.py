@@ -12,6 +12,7 @@ from adapterkit.author.recorder import Edit
 from adapterkit.author.scene import Scene
 from adapterkit.author.seen import Block, Seen, blocks
 from adapterkit.model.blueprint import Slot
+from adapterkit.model.cores import cores
 from adapterkit.model.layouts import Rows
 
 
@@ -51,15 +52,17 @@ def _heads(seen: Seen, block: Block, facts: BranchFacts) -> None:
         observed["kv_heads"] = slot.shape[0] // size
     address = next((place.sublayer_address for place in block.places.values()), block.word)
     heads, kv_heads = seen.info.sizes.get(address, (None, None))
+    sizes = getattr(block.said, "sizes", None)
+    core = cores(seen.blueprint).get(f"{address}.core")
+    if core is not None and kv_heads and (sizes is None or sizes.kv_heads is None):
+        kv_heads = core.kv_heads or kv_heads  # a layer may have more or fewer than the config says
     dims, _ = seen.info.head_dims.get(address, (None, None))
     said = {"heads": heads, "kv_heads": kv_heads, "head_dim": dims}
     for word, number in said.items():
         if number is None or word not in observed:
             continue
         text = f"sizes.{word}: {number}"
-        hint = (
-            f"say 'sizes: {{{word}: ...}}'" if not (block.said and getattr(block.said, "sizes", None)) else ""
-        )
+        hint = f"say 'sizes: {{{word}: ...}}'" if sizes is None else ""
         seen.judge(
             number == observed[word], (*block.loc, "sizes", word), text, f"it is {observed[word]}", hint
         )

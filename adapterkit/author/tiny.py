@@ -116,8 +116,11 @@ def config_of(source: Any) -> Any:
     path = Path(source)
     if (path / "config.json").is_file() or path.is_file() or source not in CONFIG_MAPPING:
         return _read(source)
+    known = registry.by_name(source).tiny if source in registry.model_types() else {}
+    needed = {n: v for n, v in known.get(source, Said()).config.items() if isinstance(v, Mapping)}
+    kind: Any = CONFIG_MAPPING[source]
     try:
-        return CONFIG_MAPPING[source]()
+        return kind(**copy.deepcopy(needed))
     except Exception as error:  # some configs need arguments
         raise _refused(str(source), f"it has no default config: {_short(str(error))}") from error
 

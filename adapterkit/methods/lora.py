@@ -186,6 +186,10 @@ class LoRA(Unit):
             if out.dtype == low.dtype == self.B.dtype:
                 # one pass over `out`, no temporary of its size; the fresh output of a Linear is ours to write
                 out.view(-1, out.shape[-1]).addmm_(low.t(), self.B.t(), alpha=self.scaling)
+                if not torch.compiler.is_compiling():
+                    # the output is a view, which torch takes for a leaf until it is asked: an activation that
+                    # writes in place would be refused
+                    _ = out.grad_fn
                 return out
             delta = F.linear(low.t(), self.B) * self.scaling
             return out + delta.to(out.dtype).view(out.shape)

@@ -88,6 +88,8 @@ class Blueprint:
     stacks: Mapping[str, StackInfo]
     heads: tuple[Head, ...]
     poolers: tuple[Head, ...]
+    loose: tuple[str, ...] = ()
+    """Parameters around the base model that belong to no module of a head."""
     unsupported: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
     """Address of a sublayer -> factor of its branch at the residual add."""

@@ -29,14 +29,23 @@ def find_heads(
     return tuple(heads)
 
 
-def loose_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Weights that a class with a head keeps directly, in no module that could be copied.
+def find_loose(model: nn.Module, base: Iterable[nn.Module]) -> tuple[str, ...]:
+    """Parameters that lie directly on a module around the base model, or around its parts.
 
-    Those of a model that is its own base, such as a scale of logits, are no head.
+    They are parts of a head without a module of their own, of which no adapter can have a copy.
     """
-    inner = getattr(model, "base_model", model)
-    own = (name for name, parameter in model._parameters.items() if parameter is not None)
-    return tuple(own) if isinstance(inner, nn.Module) and inner is not model else ()
+    inside = {id(module) for module in base}
+    found: list[str] = []
+
+    def walk(module: nn.Module, path: str) -> None:
+        if id(module) in inside or not any(id(inner) in inside for inner in module.modules()):
+            return
+        found.extend(f"{path}{name}" for name, own in module._parameters.items() if own is not None)
+        for name, child in module.named_children():
+            walk(child, f"{path}{name}.")
+
+    walk(model, "")
+    return tuple(found)
 
 
 def _collect(module: nn.Module, path: str, claimed: set[int], heads: list[Head]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from adapterkit.errors import Problem, ResolveError, SpecError, did_you_mean, listing
 from adapterkit.model.bind import add_place, add_slot, bind_layer
 from adapterkit.model.blueprint import Blueprint, Head, StackInfo
-from adapterkit.model.heads import find_heads
+from adapterkit.model.heads import find_heads, find_loose
 from adapterkit.model.repeat import Pattern
 from adapterkit.model.scope import Draft, Found, Here, Scope
 from adapterkit.model.walk import child, expand, join, missing
@@ -87,9 +87,13 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
     spec = interface_of(model, interface)
     inner, path = locate(model) if spec.model_type and _holds_transformers_model(model) else (model, "")
     found = _Gathered()
-    _resolve_scope(Scope(spec, inner, path, "", True), found)
+    scope = Scope(spec, inner, path, "", True)
+    _resolve_scope(scope, found)
     if found.draft.problems:
         raise ResolveError(make() for make in found.draft.problems.values())
+    heads = find_heads(model, found.claimed, found.output_path, found.heads)
+    # a class with heads may have the parts of its base side by side with them, without a base around these
+    flat = scope.base is inner and heads and hasattr(scope.config, "model_type") and not _is_base(inner)
     return Blueprint(
         interface=spec,
         interface_name=registry.name_of(spec) or "custom",
@@ -97,8 +101,9 @@ def resolve(model: nn.Module, interface: Any = None) -> Blueprint:
         slots=found.draft.slots,
         places=found.draft.places,
         stacks=found.stacks,
-        heads=find_heads(model, found.claimed, found.output_path, found.heads),
+        heads=heads,
         poolers=tuple(found.poolers),
+        loose=find_loose(model, found.claimed if flat else [scope.base]),
         unsupported=found.unsupported,
         scales=found.draft.scales,
         without=found.draft.without,
@@ -194,6 +199,14 @@ def _resolve_parts(scope: Scope, found: _Gathered) -> None:
                 found.stacks[address] = replace(info, reads=part.reads)
         if part.by_default:
             found.unsupported |= inside.unsupported  # of the others, see the stacks
+
+
+def _is_base(model: nn.Module) -> bool:
+    """Whether transformers takes the class for the base model of a type, heads or not."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    names = MODEL_MAPPING_NAMES.get(model.config.model_type, ())  # type: ignore[union-attr, arg-type]
+    return type(model).__name__ in ((names,) if isinstance(names, str) else names)
 
 
 def _quietly(getter: Callable[[], Any] | None) -> nn.Module | None:

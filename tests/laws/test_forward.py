@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import adapterkit as ak
 from tests.laws.matrix import Case, loss, randomise, run
 
 # said by EncoderDecoderModel whenever it is given labels
@@ -90,3 +92,22 @@ def test_a_model_in_bfloat16(case: Case) -> None:
     wide = run(kit.model.float(), case.inputs(labels=True))
     assert found.dtype == torch.bfloat16
     assert (found.float() - wide).norm() < BFLOAT16_ERROR * wide.norm()
+
+
+def test_an_activation_that_writes_in_place_may_follow_an_adapted_matrix() -> None:
+    """Also where nothing but the adapter is trained: torch takes a view that was written to for a leaf."""
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.act(self.up(x)))
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Mlp()])
+    stacks = {"encoder": {"layers": "layers", "mlp": {"up": "up", "down": "down"}}}
+    kit = ak.attach(model, "lora[targets=[up], r=2]", interface={"adapterkit": 1, "stacks": stacks})
+    model.layers[0](torch.randn(2, 3, 4)).sum().backward()
+    assert kit["default"].units["encoder.0.mlp.up"].B.grad is not None

@@ -11,7 +11,7 @@ from transformers import TapasConfig, TapasForQuestionAnswering
 
 import adapterkit as ak
 from adapterkit.errors import FileFormatError, PlanError
-from adapterkit.model.heads import find_heads
+from adapterkit.model.heads import find_heads, find_loose
 from tests.laws.matrix import CUSTOM
 from tests.models import tiny
 from tests.models.custom import TinyClassifier
@@ -228,3 +228,23 @@ def test_a_list_of_heads_is_a_head_for_each_member() -> None:
     model.base, model.scores, model.empty = nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList()
     found = find_heads(model, [model.base], [], [])
     assert [(head.address, head.module) for head in found] == [("head.scores.0", model.scores[0])]
+
+
+def test_so_they_are_where_the_base_goes_by_another_name() -> None:
+    """Whisper's classifier has no base model: the encoder stands beside weights that average its layers."""
+    model = tiny.build("whisper", "WhisperForAudioClassification", use_weighted_layer_sum=True)
+    assert model.base_model is model
+    refused(PlanError, "loose-head", ak.attach, model, "lora")
+    kit = ak.attach(model, "lora", head=False)
+    assert kit.supports("ia3") and kit.blueprint.loose == ("layer_weights",)
+
+
+def test_parameters_of_the_base_and_of_heads_that_are_modules_are_not_loose() -> None:
+    assert not ak.attach(tiny.build("whisper", "WhisperForAudioClassification"), "lora").blueprint.loose
+    clip = ak.attach(tiny.build("clip", "CLIPModel"), "lora")  # its temperature belongs to the base
+    assert not clip.blueprint.loose and hasattr(clip.model, "logit_scale")
+    inner, outer = nn.Linear(2, 2), nn.Module()
+    outer.around, outer.head = nn.Module(), nn.Linear(2, 2)
+    outer.around.inner = inner
+    outer.scale = outer.around.shift = nn.Parameter(torch.ones(2))
+    assert find_loose(outer, [inner]) == ("scale", "around.shift")
