@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Parallel, Route, Split, Stack
+from adapterkit.composition import Average, BatchSplit, Fuse, MultiTask, Parallel, Route, Split, Stack
 from adapterkit.errors import CompositionError
 from tests.laws.branch_cases import randomise
 from tests.laws.composition_cases import SetupCase, assert_rows, cases, fields, headed
@@ -228,3 +228,43 @@ def test_half_precision(row: str, method: str) -> None:
     scale = float(torch.cat([a, b]).abs().max())
     assert (both - torch.cat([a, b])).abs().max() <= 0.03 * scale
     assert (a - b).abs().max() > 0.1 * scale
+
+
+# ------------------------------------------------------------------------------------------ blocks in blocks
+
+LENGTH = tiny.inputs("bert", "BertModel", batch=4)["input_ids"].shape[1]
+INNER: dict[str, Any] = {
+    "Stack": Stack("b", "a"),
+    "Fuse": Fuse("a", "b"),
+    "Split": Split("a", "b", splits=[2, LENGTH - 2]),
+    "Parallel": Parallel("a", "b"),
+    "BatchSplit": BatchSplit("a", "b", batch_sizes=[1, 3]),
+    "Average": Average("a", "b", weights=[1, 3]),
+    "MultiTask": MultiTask("a", "b"),
+}
+NESTED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "Stack": (lambda own: Stack("c", own), "Stack Fuse Split Parallel BatchSplit Average MultiTask"),
+    "Split": (lambda own: Split(own, "c", splits=[LENGTH, 0]), "Split Stack BatchSplit Average Fuse"),
+    "Parallel": (lambda own: Parallel("c", own), "Stack BatchSplit Average Fuse Split Parallel MultiTask"),
+    "MultiTask": (lambda own: MultiTask("c", own), "Stack Average Fuse"),
+    "BatchSplit": (
+        lambda own: BatchSplit("c", own, batch_sizes=[0, 4]),
+        "Stack Split BatchSplit Average Fuse MultiTask",
+    ),
+    "Average": (lambda own: Average(own, "c", weights=[2, 1]), "Stack Split BatchSplit Fuse MultiTask"),
+}
+"""Every nesting that AdapterHub allows, and more; Stacks in Fuse have laws of their own."""
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [(outer, inner) for outer, (_, allowed) in NESTED.items() for inner in allowed.split()],
+)
+def test_blocks_in_blocks(outer: str, inner: str) -> None:
+    model = tiny.build("bert", "BertModel")
+    for seed, name in enumerate("abc"):
+        kit = ak.attach(model, "double_seq_bn[reduction_factor=4]", name=name, seed=seed)
+        randomise(kit, name, seed=seed)
+    kit.fuse("a", "b", seed=5)
+    randomise(kit, "a+b", seed=5)
+    assert_rows(kit, NESTED[outer][0](INNER[inner]), tiny.inputs("bert", "BertModel", batch=4, padded=False))
