@@ -112,6 +112,21 @@ def test_what_their_format_cannot_say(row: str, method: str, words: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_in_which_their_prompt_has_no_place(tmp_path: Path) -> None:
+    """It is told as what a file or a format cannot be, not as a plan that cannot be."""
+    kit = ak.attach(tiny.build("llama"), "prompt_tuning", name="a", head=False)
+    with pytest.raises(FileFormatError) as unwritten:
+        kit.save(tmp_path / "out", format="adapterhub")
+    assert unwritten.value.code == "not-reproducible"
+    theirs = "prompt_tuning[insert=out, keep_positions=true]"
+    ak.attach(tiny.build("bert"), theirs, name="a").save(tmp_path / "bert", format="adapterhub")
+    file = tmp_path / "bert" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"model_type": "bert"', '"model_type": "llama"'))
+    with pytest.raises(FileFormatError) as unread:
+        ak.load(tiny.build("llama"), tmp_path / "bert")
+    assert unread.value.code == "not-reproducible"
+
+
 def test_heads_are_not_dropped_in_silence(tmp_path: Path) -> None:
     kit = ak.attach(tiny.build("bert", "BertForSequenceClassification"), "lora", name="a")
     with pytest.raises(FileFormatError) as caught:

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adapterkit.errors import Problem
+from adapterkit.errors import PlanError, Problem
 from adapterkit.files.adapterhub.config import validated
 from adapterkit.files.adapterhub.keys import Host, Keyed
 from adapterkit.files.adapterhub.member import Member, Part, Shapes
 from adapterkit.methods.prompt import PromptTuningConfig
-from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.blueprint import Blueprint, Slot
 
 _WEIGHT = "prompt_embedding.weight"
 
@@ -47,7 +47,12 @@ class PromptMember(Member):
             keep_positions=True,
             stacks=(self.stack,),
         )
-        self.slots = self.config.select(blueprint).slots
+        self.slots: tuple[Slot, ...] = ()
+        self.misplaced: tuple[Problem, ...] = ()
+        try:
+            self.slots = self.config.select(blueprint).slots
+        except PlanError as error:
+            self.misplaced = error.problems
         self.hub = blueprint.interface.adapterhub
         self.alone = len(blueprint.stacks) == 1
 
@@ -55,7 +60,9 @@ class PromptMember(Member):
         if not self.alone:
             message = "AdapterHub has prompt tuning in models of one stack only"
             yield Problem("not-reproducible", message, self.stack)
-
+        for problem in self.misplaced:
+            # their library has no prompts in such models either
+            yield Problem("not-reproducible", problem.message, self.stack)
         hub = self.hub
         if hub is not None and hub.no_prompt is not None:
             yield Problem("not-reproducible", hub.no_prompt, self.stack)
