@@ -185,13 +185,13 @@ class _Compiler:
         if not isinstance(config, FusionConfig) or config.children != setup.fused:
             message = f"{setup.name!r} does not hold the weights of {setup!r}"
             raise CompositionError(Problem("no-fusion", message))
+        for name in names(setup):
+            if name != setup.name:
+                self._own(self.adapters[name])  # so that all units are known
         found = self._own(fusion)
         if setup.fused == setup.children:
             return found
         chains = fusing.members(setup, self.adapters)
-        for name in names(setup):
-            if name != setup.name:
-                self._own(self.adapters[name])  # so that all units are known
         return {
             place: tuple(
                 self._fused(place, chains[self.units[place.path, str(k)][1].address], k) for k in keys

@@ -69,7 +69,7 @@ def _common(adapters: Sequence[Adapter]) -> tuple[str, ...]:
 def _left_out(adapter: Adapter, places: Sequence[str]) -> list[Problem]:
     """Units of an adapter that would silently not act in a fusion at these places."""
     fused = {address for place, address in _units(adapter).items() if place in places}
-    rest = [address for address in adapter.units if address not in fused]
+    rest = [a for a, unit in adapter.units.items() if a not in fused and not unit.first_only]
     if not rest:
         return []
     message = f"{adapter.name!r} also acts where there is no fusion: {listing(rest)}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adapterkit as ak
-from adapterkit.composition import Average, BatchSplit, Parallel, Route, Setup, Stack
+from adapterkit.composition import Average, BatchSplit, Fuse, Parallel, Route, Setup, Stack
 from adapterkit.errors import CompositionError
 from tests.laws.branch_cases import randomise
 from tests.laws.matrix import run
@@ -84,3 +84,20 @@ def test_in_the_files_of_adapterhub_every_adapter_has_it(tmp_path: Path) -> None
     other = tiny.build("bert", "BertForMaskedLM")
     assert ak.load(other, tmp_path / "b")["b"].config.to_dict()["first_only"] is False
     torch.testing.assert_close(run(other, given), expected)
+
+
+def test_in_a_fusion_it_does_not_act() -> None:
+    """No adapter in a Fuse is the first of a setup, so that nothing of it is left out behind another one."""
+    kit, given = scene(METHODS["bottleneck and invertible"])
+    outputs = []
+    for other in ("b", "c"):
+        kit.attach("double_seq_bn", name="d", seed=5, activate=False, replace="d" in kit)
+        randomise(kit, "d", seed=5)
+        kit.fuse(other, "d", seed=6).activate(Stack("a", Fuse(other, "d")))
+        outputs.append(run(kit.model, given))
+        kit.activate("a")
+        kit.detach(f"{other}+d")
+    assert torch.equal(*outputs)
+    kit.fuse("b", "d", seed=6)
+    for alone in (Fuse("b", "d"), Fuse(Stack("c", "b"), "d")):
+        refused(CompositionError, "undefined-block", kit.activate, alone)
