@@ -235,8 +235,8 @@ class Describer:
         graph = self.scene.graph
         query, key = graph.nodes[event.query].shape, graph.nodes[event.key].shape
         batch = self.batch
-        heads = query[1] if len(query) == 4 else max(query[0] // batch, 1)
-        kv_heads = key[1] if len(key) == 4 else max(key[0] // batch, 1)
+        heads = query[1] if len(query) > 3 else max(query[0] // batch, 1)
+        kv_heads = key[1] if len(key) > 3 else max(key[0] // batch, 1)
         wide = query[-1]
         if k is not None:
             size = linear.shape(self.scene.modules[k])
@@ -268,6 +268,8 @@ class Describer:
             wide = graph.nodes[event.query].shape[-1]
             if rows is not None and set(roles) == {"q", "k", "v"} and rows[0] % wide == 0:
                 kv_heads = min(max((rows[0] // wide - heads) // 2, 1), heads)
+            elif rows is not None and set(roles) == {"k", "v"} and rows[0] % (2 * wide) == 0:
+                kv_heads = min(rows[0] // (2 * wide), kv_heads)  # they were repeated for the queries
             found = self.scene.rows.attention(self.scene.modules[path], event, roles, heads, kv_heads)
             self._layouts[key] = found
         found = self._layouts[key]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
+import torch
+
+from adapterkit import api
 from adapterkit.author.column import Column
+from adapterkit.author.describe import Scene
 from adapterkit.author.graph import MOVES, NORMS, Graph
+from adapterkit.errors import PlanError
+from adapterkit.spec.schema import Interface
 
 _MASK, _POSITIONS = "attention_mask", "position_ids"
 
@@ -34,6 +41,33 @@ def unsupported(columns: Iterable[Column]) -> dict[str, str]:
     if not any(column.out for column in usual):
         found["invertible"] = "the stream comes out of no module before the first layer"
     return found
+
+
+def no_prefix(scene: Scene, columns: Iterable[Column], interface: Interface) -> dict[str, str]:
+    """Why keys cannot precede the others: attention is computed in pieces, and a trial shows it."""
+    if not any(_in_pieces(column) for column in columns if column.by_default):
+        return {}
+    model = copy.deepcopy(scene.model)
+    try:
+        api.attach(model, {"method": "prefix_tuning", "prefix_length": 2}, interface=interface)
+        with torch.no_grad():
+            model(**copy.deepcopy(dict(scene.inputs)))
+    except PlanError as error:
+        if error.code == "attention-not-hit":
+            return {"prefix_tuning": "attention is computed in pieces, which no key precedes"}
+    except Exception:  # whatever a model raises: no reason is known, and none is said
+        return {}
+    return {}
+
+
+def _in_pieces(column: Column) -> bool:
+    """Whether attention is to fewer keys at a time than the stream has tokens."""
+    graph, length = column.scene.graph, _shape(column.scene.graph, column.facts.entering)[-2]
+    branches = [b for layer in column.facts.layers for b in layer.branches if b.kind == "attention"]
+    events = [event for branch in branches for event in branch.events]
+    return any(
+        event.scores[2] != length if event.scores else len(_shape(graph, event.query)) > 4 for event in events
+    )
 
 
 def _no_place(column: Column) -> str:

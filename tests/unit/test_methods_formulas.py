@@ -37,6 +37,17 @@ def test_lora(module: nn.Module, rslora: bool) -> None:
     one.assert_merges_to(module, unit, merged, module.bias)
 
 
+def test_lora_that_computes_all_starts_as_the_module_wherever_the_rows_lie() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(32, 32).requires_grad_(False)
+    start = one.units({"method": "lora", "r": R}, [one.slot(module)], random=False)["q"].float()
+    assert start.A.dtype == module.weight.dtype
+    x = torch.randn(2, 12, 32)
+    with torch.no_grad():
+        for states in (x, x.transpose(0, 1), x[:, ::2], x[..., :1].expand(2, 12, 32)):
+            assert torch.equal(start(None, states, module), module(states))
+
+
 @HOSTS
 def test_lora_with_a_gate(module: nn.Module) -> None:
     unit, x, other, t = prepare({"method": "lora", "r": R, "alpha": 5, "gating": True}, module)
