@@ -50,7 +50,9 @@ class Column:
 
     @property
     def takes_embeddings(self) -> bool:
-        """Whether the entry, or the module of the embeddings, can be given tokens that are embedded."""
+        """Whether the entry, or the module of the embeddings, takes embedded tokens in place of ids."""
+        if self.inputs.get("ids", "") is None:
+            return False
         out = self.out and self.scene.modules[f"{self.root}.{self.out}".strip(".")]
         return self.inputs.get("embeds", "") is not None or bool(out and "inputs_embeds" in arguments(out))
 
@@ -131,11 +133,12 @@ class Column:
         before = projection.given if projection is not None else None
         entering = graph.same(self.facts.entering if before is None else before)
         exact = [c for c in arriving if c.gives is not None and graph.same(c.gives) == entering]
-        exact = [c for c in exact if self._is_stream(c.gives, before)] or exact
+        exact = [c for c in exact if self._is_stream(c.gives, before)]
         leaves = [c for c in exact if c.is_leaf and c.kind != "Identity"]
         # what passes on unchanged is the last of those that give the same numbers
         last = max(leaves or exact, key=lambda c: (c.end, c.index), default=None)
-        out = self.below(last.path) if last is not None else table
+        plain = table if tables and self._is_stream(tables[0].node, before) else None
+        out = self.below(last.path) if last is not None else plain
         found: Words = {"table": table} if table else {}
         if out is None:
             text = "the stream comes out of no module before the first layer, so there is nothing to name"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from adapterkit.author.column import Column, base_path
 from adapterkit.author.describe import Notes, Scene
+from adapterkit.author.graph import Projection
 from adapterkit.author.stacks import StackFacts, column
 
 _WORDS: Mapping[str, tuple[str, ...]] = {
@@ -20,7 +22,8 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
 
 def columns(scene: Scene, notes: Notes) -> list[Column]:
     """The observed columns with their names and roots."""
-    facts = [_whole(scene, one) for one in scene.seen.stacks]
+    whole = [_whole(scene, one) for one in scene.seen.stacks]
+    facts = [replace(one, tables=_own_tables(scene, one, whole)) for one in whole]
     base = base_path(scene.model)
     paths = [one.path for one in facts]
     found: list[Column] = []
@@ -35,6 +38,14 @@ def columns(scene: Scene, notes: Notes) -> list[Column]:
         one.name = name if names[name] == 1 else f"{name}{names[name]}"
         one.by_default = not any(_leads_to(scene, one.facts, other.facts) for other in found)
     return found
+
+
+def _own_tables(scene: Scene, one: StackFacts, whole: list[StackFacts]) -> tuple[Projection, ...]:
+    """The tables that a stream begins with, without those of another that it is made of."""
+    behind = scene.graph.closure([one.entering])
+    before = [other for other in whole if other is not one and other.leaving in behind]
+    others = scene.graph.closure([other.entering for other in before])
+    return tuple(table for table in one.tables if table.node not in others)
 
 
 def _leads_to(scene: Scene, one: StackFacts, other: StackFacts) -> bool:

@@ -134,6 +134,9 @@ class Describer:
             self._mlp(words, layer, facts, loc)
         elif facts.events:
             self._attention(words, layer, facts, loc)
+        start = self._start(layer, facts) if facts.before is None and facts.events else None
+        if start is not None:
+            words["start"] = start
         end = self._end(words, layer, facts, word)
         for step in facts.steps:
             if end is not None and graph.is_inside(step.call, end):
@@ -147,6 +150,19 @@ class Describer:
             what = end.kind if end is not None else "the branch"
             words["without"] = dict.fromkeys(("core", "q", "k", "v", "o"), f"{what} computes no attention")
         return words
+
+    def _start(self, layer: Call, facts: BranchFacts) -> str | None:
+        """The module that is called with the stream, if the first projections read it turned."""
+        graph = self.scene.graph
+        stream = graph.nodes[facts.source].shape
+        first = [graph.calls[one.call] for one in facts.first if one.call is not None]
+        if not first or any(
+            graph.nodes[c.given].shape[:2] == stream[:2] for c in first if c.given is not None
+        ):
+            return None
+        around = [call for call in graph.around(first[0].parent) if call.given == facts.source]
+        inside = [call for call in around if graph.is_inside(call, layer)]
+        return self.scene.below(inside[-1].path, layer.path) if inside else None
 
     def _put(
         self, words: Words, layer: Call, place: tuple[str, ...], path: str, loc: tuple[str, ...]
@@ -182,8 +198,7 @@ class Describer:
         for path, roles in hosts.items():
             if len(roles) == 1:
                 self._put(words, layer, (roles[0],), path, loc)
-                if not self._has_batch(path):
-                    words[roles[0]] = {"path": words[roles[0]], "batch": "none"}
+                words[roles[0]] = self._named(path, words[roles[0]])
             else:
                 self._fused(words, layer, event, path, roles, loc)
 
@@ -224,11 +239,14 @@ class Describer:
             self.notes.remark((*loc, role), f"also made of {', '.join(sorted(others))}")
         return widest.path
 
-    def _has_batch(self, path: str) -> bool:
-        """Whether every call of a module is given the batch."""
+    def _named(self, path: str, below: str) -> Any:
+        """A module with the axis of the batch in what it is called with, if that is not the first."""
         graph = self.scene.graph
-        given = [graph.nodes[call.given].shape for call in graph.calls_of(path) if call.given is not None]
-        return all(shape[0] % self.batch == 0 for shape in given)
+        given = {graph.nodes[call.given].shape for call in graph.calls_of(path) if call.given is not None}
+        axes = {_axis(shape, self.batch) for shape in given}
+        if axes <= {"first"}:
+            return below
+        return {"path": below, "batch": axes.pop() if len(axes) == 1 else "none"}
 
     def heads(self, event: Attention, k: str | None) -> tuple[int, int]:
         """(query heads, key/value heads) of one computation."""
@@ -358,7 +376,9 @@ class Describer:
         if not mixes and self._is_plain(facts) and facts.projection is not None:
             if self.scene.below(facts.projection.path, layer.path) is not None:
                 self._put(words, layer, (role,), facts.projection.path, loc)
-                return None
+                words[role] = self._named(facts.projection.path, words[role])
+                if not isinstance(words[role], dict) or words[role]["batch"] != "second":
+                    return None
         outs = [call for call in facts.outs if self.scene.below(call.path, layer.path) not in (None, ".")]
         if outs:
             # the outermost: what is inside is more likely to be written in another way
@@ -382,7 +402,7 @@ class Describer:
                     continue
                 taken = words.setdefault("extra", {})
                 name = _name(below, taken)
-                taken[name] = below if self._has_batch(call.path) else {"path": below, "batch": "none"}
+                taken[name] = self._named(call.path, below)
                 named.add(below)
 
     def _inside(self, facts: LayerFacts, branch: BranchFacts) -> list[Call]:
@@ -396,6 +416,13 @@ class Describer:
         linears = [c for c in linears if len(c.outputs) == 1]  # a router that gives more is no linear map
         # a gate with one output cannot have an update of low rank
         return [c for c in linears if min(linear.shape(self.scene.modules[c.path]) or (0,)) > 1]
+
+
+def _axis(shape: tuple[int, ...], examples: int) -> str:
+    """Which axis the examples are in; several rows of each may follow one another in the first."""
+    if shape[0] == examples or len(shape) < 3 or shape[1] != examples:
+        return "first" if shape[0] % examples == 0 else "none"
+    return "second"
 
 
 def _name(below: str, taken: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from adapterkit.author import tiny
 from adapterkit.author.column import Column
 from adapterkit.author.columns import between, columns
 from adapterkit.author.describe import Notes, Scene, Words
-from adapterkit.author.lacks import no_prefix, unsupported
+from adapterkit.author.lacks import by_trial, unsupported
 from adapterkit.author.likeness import shortened
 from adapterkit.author.observe import observe
 from adapterkit.author.yamltext import written
@@ -129,7 +129,7 @@ def _verify(scene: Scene, found: list[Column], data: Words, notes: Notes) -> Non
             words = tuple(problem.address.split(".")) if problem.address else ()
             notes.gap(words, f"[{problem.code}] {problem.message} {problem.expected}".strip())
         return
-    pieces = no_prefix(scene, found, registry.load(data))
-    data |= {"unsupported": {**data.get("unsupported", {}), **pieces}} if pieces else {}
+    tried = by_trial(scene, found, registry.load(data))
+    data |= {"unsupported": {**tried, **data.get("unsupported", {})}} if tried else {}
     no_heads = between(scene, found, [head.path for head in blueprint.heads], notes)
     data |= {"between": no_heads} if no_heads and "heads" not in data else {}

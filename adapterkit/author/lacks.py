@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -12,7 +13,6 @@ from adapterkit import api
 from adapterkit.author.column import Column
 from adapterkit.author.describe import Scene
 from adapterkit.author.graph import MOVES, NORMS, Graph
-from adapterkit.errors import PlanError
 from adapterkit.spec.schema import Interface
 
 _MASK, _POSITIONS = "attention_mask", "position_ids"
@@ -36,28 +36,34 @@ def unsupported(columns: Iterable[Column]) -> dict[str, str]:
             found |= _ONE_AXIS
         elif len(column.scene.graph.nodes[column.facts.entering].shape) > 3:
             found |= _GRID
-        elif not column.reads and (reason := _no_place(column)):
-            found["prompt_tuning"] = reason
     if not any(column.out for column in usual):
         found["invertible"] = "the stream comes out of no module before the first layer"
     return found
 
 
-def no_prefix(scene: Scene, columns: Iterable[Column], interface: Interface) -> dict[str, str]:
-    """Why keys cannot precede the others: attention is computed in pieces, and a trial shows it."""
-    if not any(_in_pieces(column) for column in columns if column.by_default):
-        return {}
+def by_trial(scene: Scene, columns: Iterable[Column], interface: Interface) -> dict[str, str]:
+    """The same, where something was seen that is in the way of a method, and a trial shows that it is."""
+    usual = [column for column in columns if column.by_default]
+    found: dict[str, str] = {}
+    reason = next((why for column in usual if not column.reads and (why := _no_place(column))), "")
+    if reason and not _runs(scene, {"method": "prompt_tuning", "prompt_length": 3}, interface):
+        found["prompt_tuning"] = reason
+    prefix = {"method": "prefix_tuning", "prefix_length": 2}
+    if any(map(_in_pieces, usual)) and not _runs(scene, prefix, interface):
+        found["prefix_tuning"] = "attention is computed in pieces, which no key precedes"
+    return found
+
+
+def _runs(scene: Scene, config: Mapping[str, Any], interface: Interface) -> bool:
+    """Whether a copy of the model runs with a method."""
     model = copy.deepcopy(scene.model)
     try:
-        api.attach(model, {"method": "prefix_tuning", "prefix_length": 2}, interface=interface)
+        api.attach(model, config, interface=interface)
         with torch.no_grad():
             model(**copy.deepcopy(dict(scene.inputs)))
-    except PlanError as error:
-        if error.code == "attention-not-hit":
-            return {"prefix_tuning": "attention is computed in pieces, which no key precedes"}
-    except Exception:  # whatever a model raises: no reason is known, and none is said
-        return {}
-    return {}
+    except Exception:  # models raise anything on what does not fit
+        return False
+    return True
 
 
 def _in_pieces(column: Column) -> bool:
@@ -95,10 +101,14 @@ def _no_place(column: Column) -> str:
         return "attention is computed in pieces of the stream, in which a prompt has no place"
     if any(_is_grid(shape, length) for shape in _moved(graph, column)):
         return "the layers lay the stream out as a grid, in which a prompt has no place"
-    masks = {value for name, value in given.items() if "mask" in name}
+    passed = {graph.same(value) for value in given.values()}
     for name, value in beside:
-        is_made = graph.nodes[value].floating and length in graph.nodes[value].shape
-        if is_made and not masks & graph.closure([value]):
+        if graph.same(value) in passed:
+            continue
+        shape, is_mask = graph.nodes[value].shape, "mask" in name
+        if is_mask and shape[-2:] == (length, length) and mask not in given:
+            return f"{name} is made for pairs of positions before the first layer, and for none of a prompt"
+        if not is_mask and graph.nodes[value].floating and {length, 2 * length - 1} & set(shape):
             return f"{name} is made for every position before the first layer, and for none of a prompt"
     return ""
 

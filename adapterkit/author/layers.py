@@ -277,12 +277,17 @@ def _steps(graph: Graph, layer: Call, way: list[int], end: int, kinds: dict[int,
     return tuple(found)
 
 
+def _is_alone(graph: Graph, norm: Call) -> bool:
+    """Whether a norm is called with one thing: with two it is a gate between them."""
+    return sum(graph.nodes[value].floating for _, value in norm.arguments) == 1
+
+
 def _with_norm_behind(graph: Graph, branch: BranchFacts, continued: list[int]) -> BranchFacts:
     """With the norm of the sum, if the stream goes on behind it."""
     for value in continued:
         at: int | None = value
         while at is not None and at > branch.add:
-            norm = next((c for c in graph.returned(at) if graph.is_norm(c)), None)
+            norm = next((c for c in graph.returned(at) if graph.is_norm(c) and _is_alone(graph, c)), None)
             if (
                 norm is not None
                 and norm.given is not None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit import api
+from adapterkit.author.attention import Attention
 from adapterkit.author.scene import Scene
 from adapterkit.composition import Parallel, Setup
 from adapterkit.errors import AdapterkitError, Problem
@@ -186,7 +187,8 @@ def _laws(
 def _attached(column: Column, interface: Interface, model: nn.Module, blueprint: Blueprint) -> Kit:
     config = dict(column.config)
     if column.by_branch:
-        words = {branch.sublayer for branch in branches(blueprint).values()}
+        found = branches(blueprint).values()
+        words = {one.sublayer for one in found if blueprint.stacks[one.stack].by_default}
         config["locations"] = [word for word in SUBLAYERS if word in words]
     if not column.joined:
         return api.attach(model, config, name="proof", interface=interface, seed=0)
@@ -311,8 +313,15 @@ def _idle(scene: Scene, blueprint: Blueprint) -> Iterator[str]:
     for address, slot in blueprint.slots.items():
         if slot.role in ("q", "k"):
             own = [e for e in events if any(slot.path == one.path for one in (*e.q, *e.k))]
-            if own and all(event.scores is not None and event.scores[2] == 1 for event in own):
+            if own and all(_keys(scene, event) == 1 for event in own):
                 yield address
+
+
+def _keys(scene: Scene, event: Attention) -> int | None:
+    """Number of keys that each query attends to, None if it is not known."""
+    if event.scores is not None:
+        return event.scores[2]
+    return scene.observation.graph.nodes[event.key].shape[-2] if event.kind == "function" else None
 
 
 def _alive(kit: Kit, scene: Scene) -> None:

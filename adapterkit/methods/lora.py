@@ -210,7 +210,8 @@ class LoRA(Unit):
         if own is None or weight is None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return False
         wide = x.dtype is torch.float32 or x.dtype is torch.float64
-        return wide and own.dtype is x.dtype and weight.dtype is x.dtype and x.numel() > 0 and x.is_contiguous()
+        alike = wide and own.dtype is x.dtype and weight.dtype is x.dtype
+        return alike and x.numel() > 0 and x.is_contiguous()
 
     def _accumulated(self, x: torch.Tensor, host: Any) -> torch.Tensor:
         """Put b + s B A x first and W x onto it: on a CPU a linear map writes b first anyway."""
