@@ -162,7 +162,7 @@ class Describer:
             return None
         around = [call for call in graph.around(first[0].parent) if call.given == facts.source]
         inside = [call for call in around if graph.is_inside(call, layer)]
-        return self.scene.below(inside[-1].path, layer.path) if inside else None
+        return self.scene.below(inside[0].path, layer.path) if inside else None
 
     def _put(
         self, words: Words, layer: Call, place: tuple[str, ...], path: str, loc: tuple[str, ...]

@@ -112,6 +112,46 @@ class Seeing(nn.Module):
         return x
 
 
+class Turned(nn.Module):
+    """Attention that is computed with the tokens in the first axis; rotations are made for every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        y = x.transpose(0, 1)
+        q, k, v = (one(y).unflatten(-1, (HEADS, -1)).permute(1, 2, 0, 3) for one in (self.q, self.k, self.v))
+        out = nn.functional.scaled_dot_product_attention(q * turn, k * turn, v)
+        return self.o(out.permute(2, 0, 1, 3).flatten(2)).transpose(0, 1)
+
+
+class TurnedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm_a, self.norm_b = Turned(), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        x = self.norm_a(x + self.attention(x, turn))
+        return self.norm_b(x + self.second(self.first(x).relu()))
+
+
+class TurnedColumn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(TurnedLayer() for _ in range(2))
+
+    def forward(self, states: Tensor) -> Tensor:
+        turn = torch.arange(states.shape[1]).float().cos()[:, None].expand(-1, WIDTH // HEADS)
+        states = self.map(states)
+        for layer in self.layers:
+            states = layer(states, turn)
+        return states
+
+
 def drafted(model: nn.Module, **inputs: Tensor) -> Draft:
     torch.manual_seed(0)
     return drafting.of_model(model.eval(), inputs or IDS, like=False)
@@ -191,3 +231,31 @@ def test_roles_reach_a_stack_that_is_not_meant_by_default_when_it_is_addressed()
     }
     with pytest.raises(PlanError):
         ak.plan(found.model, ak.LoRAConfig(targets=("vision.attention.x",), r=2), interface=found.interface)
+
+
+@pytest.fixture(scope="module")
+def turned() -> Draft:
+    return drafted(TurnedColumn(), states=torch.randn(2, 5, WIDTH))
+
+
+def test_projections_that_see_the_examples_in_the_second_axis(turned: Draft) -> None:
+    attention = turned.data["stacks"]["encoder"]["attention"]
+    assert {role: attention[role] for role in "qkvo"} == {
+        role: {"path": f"attention.{role}", "batch": "second"} for role in "qkvo"
+    }
+    assert (attention["start"], attention["out"]) == ("attention", "attention")
+    assert attention["norm"] == {"after_residual": "norm_a"}
+
+
+@pytest.mark.parametrize("method", ["fusion", "reft", "lora"])
+def test_what_reads_the_stream_is_not_turned(turned: Draft, method: str) -> None:
+    blueprint = resolve(turned.model, turned.interface)
+    verdict = prove_method(method, turned.interface, Scene("toy", turned.model, turned.inputs), blueprint)
+    assert verdict.state == "proved", str(verdict)
+
+
+def test_a_prompt_is_tried_before_it_is_said_to_have_no_place(turned: Draft) -> None:
+    assert set(turned.data["unsupported"]) == {"prompt_tuning"}
+    assert "turn is made for every position" in turned.data["unsupported"]["prompt_tuning"]
+    # the same, made inside the layers: nothing is in its way
+    assert "unsupported" not in drafted(Column(Attention(), Attention())).data
