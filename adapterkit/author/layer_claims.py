@@ -25,11 +25,15 @@ def layers(seen: Seen) -> None:
             seen.unseen(loc, text)
         return
     _order(seen, ran)
+    further = 0
     for index, place, calls in seen.layers():
         said = list(blocks(seen, index, place))
         for call in calls:
-            _layer(seen, said, seen.observation.layer(call))
+            further += _layer(seen, said, seen.observation.layer(call))
             _named(seen, said, call)
+    if seen.said.aside:
+        text = "aside: something else than the sublayers changes the stream"
+        seen.judge(bool(further), (*seen.loc, "aside"), text, "nothing does")
     _once(seen)
 
 
@@ -61,8 +65,11 @@ def _order(seen: Seen, ran: list[Call]) -> None:
         seen.judge(all(one == said for one in parallel), (*seen.loc, "block"), claim, observed, hint)
 
 
-def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
-    """Each sublayer that is said is one branch, and each branch is said."""
+def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> int:
+    """Each sublayer that is said is one branch, and each branch is said.
+
+    Returns: how many further branches there are.
+    """
     left = list(facts.branches)
     for block in said:
         own = block.path("own_adapter")
@@ -99,8 +106,8 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
     named = {s.path for block in said for name, s in block.slots.items() if name not in (*ROLES, "fused")}
     for branch in left:
         end = branch.projection
-        if end is not None and (end.path in named or _convolves(seen, end.path)):
-            continue  # a further branch: its linear maps are named under `extra`, for others there is no word
+        if seen.said.aside or (end is not None and (end.path in named or _convolves(seen, end.path))):
+            continue  # its linear maps are named under `extra`, for others there is no word
         what = (
             branch.projection.path
             if branch.projection
@@ -113,6 +120,7 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> None:
             text,
             observed,
         )
+    return len(left)
 
 
 def _convolves(seen: Seen, path: str) -> bool:

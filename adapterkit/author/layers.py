@@ -187,7 +187,8 @@ def _branch(
     kind = "mlp"
     if own:
         reads = graph.closure((own[-1].key,), lambda v: v in stream)
-        kind = "attention" if any(v in stream for v in reads) else "cross_attention"
+        own_keys = any(v in stream for v in reads) or _of_another_layer(call, own[-1])
+        kind = "attention" if own_keys else "cross_attention"
     return BranchFacts(
         kind=kind,
         add=total,
@@ -204,6 +205,14 @@ def _branch(
         steps=steps,
         operations=operations,
         after_residual=None,
+    )
+
+
+def _of_another_layer(layer: Call, event: Attention) -> bool:
+    """Whether the keys are those of another layer of the same list, which made them of the same stream."""
+    above = layer.path.rpartition(".")[0]
+    return bool(event.k) and all(
+        one.path.startswith(f"{above}.") and not one.path.startswith(f"{layer.path}.") for one in event.k
     )
 
 

@@ -150,7 +150,8 @@ def _last_before(seen: Seen, around: StackFacts) -> Call | None:
     found, latest = None, -1
     for call in around.arriving:
         gives = call.gives
-        if gives is None or graph.nodes[gives].shape[:-1] != shape[:-1]:
+        # there may be several streams at once
+        if gives is None or graph.nodes[gives].shape[-3:-1] != shape[-3:-1]:
             continue
         is_linear = gives in graph.projections and graph.nodes[gives].op in ("linear", "addmm")
         # positions and the like are added to the stream, they are not it

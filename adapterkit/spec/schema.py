@@ -447,6 +447,9 @@ class Stack(Layer):
     by_default: bool = Field(True, description="false: roles reach this stack only when it is addressed")
     when: When | None = None
     batch: Batch | None = Field(None, description="axis of the batch in the stream (default first)")
+    aside: Reason | None = Field(
+        None, description="what else than its sublayers changes the stream in a layer: no method acts there"
+    )
     embeddings: Embeddings | None = None
     entry: PathField | None = Field(None, description="module whose call runs the stack (default: its root)")
     exit: PathField | None = Field(

@@ -96,6 +96,12 @@ def test_a_branch_that_is_there_is_not_lacking(llama: str, tmp_path: Path) -> No
     assert problem.expected.startswith("what layers.0.mlp gives is added as it is")
 
 
+def test_nothing_else_than_the_sublayers_changes_the_stream(llama: str, tmp_path: Path) -> None:
+    said = ("    layers: layers\n", "    layers: layers\n    aside: a convolution is said to stand here\n")
+    (problem,) = ak.check(wrong(llama, tmp_path, said)).problems
+    assert (problem.address, problem.expected) == ("stacks.decoder.aside", "nothing does")
+
+
 def test_what_stands_between_is_told_from_what_was_forgotten() -> None:
     said = ak.Interface.load("qwen2_vl_vision")
     assert ak.check(said, "qwen2_5_vl_vision", methods=()).ok

@@ -94,7 +94,10 @@ def test_a_module_that_has_a_role_under_one_config_may_exist_under_another(last:
     if not found:
         with pytest.raises(ak.errors.ResolveError, match="exists although"):
             resolve(toy, plain)
-    assert code_of(spec(attention=ATTENTION, final_norm={"path": "norm", "otherwise": "x"})) == "missing-word"
+    assert (
+        code_of(spec(attention=ATTENTION, final_norm={"path": "norm", "otherwise": "it stands before"}))
+        == "missing-word"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- scale
