@@ -14,7 +14,17 @@ from torch import nn
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import BranchConfig, Helper, Shared, Unit, Unmergeable
-from adapterkit.methods.flow import Capture, Flow, Result, base_forward, first, flow_of, number, with_first
+from adapterkit.methods.flow import (
+    Capture,
+    Flow,
+    Result,
+    base_forward,
+    called_alone,
+    first,
+    flow_of,
+    number,
+    with_first,
+)
 from adapterkit.methods.lora import Gate
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import Branch, branches
@@ -280,7 +290,9 @@ class Bottleneck(Unmergeable):
 
     def summed(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Branch and residual, through the model's own norm in post-norm models."""
-        return h + x if self.norm_forward is None else self.norm_forward(self.norm[0], h + x)
+        if self.norm_forward is None:
+            return h + x
+        return called_alone(self.norm[0], self.norm_forward, h + x)
 
     def reads(self, h: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the bottleneck reads, and the adapter's own residual, for the branch h and the residual x."""

@@ -67,6 +67,9 @@ class Acting:
         """Put the prompt into x (B, T, D) where the entry of the stack has said, else at its fixed place."""
         site: Any = self.module.adapterkit
         vectors: torch.Tensor = site.prompt(self.stack, x)
+        if vectors.is_meta and not x.is_meta:
+            message = "the vectors of the prompt were offloaded after attach, and no call brings them back"
+            raise PlanError(Problem("prompt-away", message, self.stack, "offloading first, then attach"))
         span = flow.get(key(self.stack))
         if span is None or span.static:
             count = vectors.shape[1]

@@ -137,6 +137,18 @@ def base_forward(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+def called_alone(module: nn.Module, forward: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    """What a module's own `forward` gives for x, without its adapters.
+
+    The hook of accelerate, if there is one, brings weights that are kept elsewhere and takes them away.
+    """
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return forward(module, x)  # type: ignore[no-any-return]
+    args, kwargs = hook.pre_forward(module, x)
+    return hook.post_forward(module, forward(module, *args, **kwargs))  # type: ignore[no-any-return]
+
+
 def entry_place(blueprint: Blueprint, stack: str) -> Slot:
     """The module whose call runs a stack."""
     named = blueprint.places.get(f"{stack}.entry")

@@ -76,6 +76,44 @@ def test_attach_then_offload(row: str, method: str) -> None:
     assert torch.equal(run(model, given), bare) and "adapterkit" not in str(model)
 
 
+@pytest.mark.parametrize(
+    "method", ["adapterplus", "seq_bn_inv", "double_seq_bn", "prefix_tuning", "loreft", "unipelt"]
+)
+def test_methods_that_read_what_the_model_keeps_away(method: str) -> None:
+    """A bottleneck in a post-norm model calls the model's own norm, whose weights are offloaded too."""
+    model, given = tiny.build("bert"), tiny.inputs("bert")
+    kit = attach(model, method)
+    adapted = run(model, given)
+    offloaded(model)
+    torch.testing.assert_close(run(model, given), adapted, rtol=1e-5, atol=1e-6)
+    assert all(p.is_meta for p in model.encoder.layer[0].output.LayerNorm.parameters(recurse=False))
+    kit.detach()
+
+    model = tiny.build("bert")
+    offloaded(model)
+    attach(model, method)
+    torch.testing.assert_close(run(model, given), adapted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", ["bert", "llama", "t5"])
+def test_a_prompt_stays_beside_the_model_or_is_refused(row: str) -> None:
+    given, method = tiny.inputs(row), "prompt_tuning[prompt_length=3]"
+    model = tiny.build(row)
+    kit = attach(model, method)
+    adapted = run(model, given)
+    offloaded(model)
+    with pytest.raises(ak.errors.PlanError) as refused:
+        run(model, given)
+    assert refused.value.code == "prompt-away"
+    with kit.disabled():
+        assert torch.equal(run(model, given), run(tiny.build(row), given))
+
+    model = tiny.build(row)
+    offloaded(model)
+    attach(model, method)
+    torch.testing.assert_close(run(model, given), adapted, rtol=1e-5, atol=1e-6)
+
+
 def test_several_adapters_on_one_host_and_offload() -> None:
     """accelerate's hook of a unit must not move the host, with it the units that are away just now."""
     model, given = tiny.build("bert"), tiny.inputs("bert")
