@@ -12,7 +12,7 @@ from adapterkit.errors import ConfigError, SpecError, listing
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.names import METHODS, PRESETS, parse
 from adapterkit.spec import registry
-from adapterkit.spec.schema import Interface, Layer, Path, Stack, Sublayer
+from adapterkit.spec.schema import Attention, Interface, Layer, Path, Stack, Sublayer
 from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, SUBLAYERS
 
 
@@ -40,6 +40,12 @@ def run(as_json: bool) -> None:
     for (name, why), methods in reasons.items():
         print(f"{name}: no {', '.join(methods)}: {why}")
     for row in rows:
+        some: dict[str, list[str]] = {}
+        for method, whys in row["partly"].items():
+            for why in whys:
+                some.setdefault(why, []).append(method)
+        for why, methods in some.items():
+            print(f"{row['name']}: {', '.join(methods)} not in every layer or model: {why}")
         if row["parallel_not_at"]:
             print(f"{row['name']}: no Parallel of adapters at {listing(row['parallel_not_at'])}: {ROWLESS}")
 
@@ -71,11 +77,14 @@ def _row(entry: registry.Entry) -> dict[str, Any]:
         interface = registry.load(entry.path)
     except SpecError as error:
         why = f"{entry.path} has {len(error.problems)} problems: see `adapterkit check`"
-        found = {"methods": dict.fromkeys(ready(), why), "parallel": why, "parallel_not_at": []}
+        found = {"methods": dict.fromkeys(ready(), why), "parallel": why, "parallel_not_at": [], "partly": {}}
         return {**row, "model_types": [], **found}
     methods = {name: _unsupported(interface, name, config) for name, config in ready().items()}
     types = list(interface.model_type or ())
     row |= {"parallel": no_parallel(interface), "parallel_not_at": list(rowless(interface))}
+    row["partly"] = {
+        name: list(whys) for name, config in ready().items() if (whys := partly(interface, config))
+    }
     return {**row, "model_types": types, "methods": methods}
 
 
@@ -132,10 +141,35 @@ def refusal(interface: Interface, config: MethodConfig) -> str | None:
     wanted = getattr(config, "targets", ())
     lacking = [role for role in wanted if role.rpartition(".")[2] not in roles] if wanted != "all" else []
     lacking += [word for word in getattr(config, "locations", ()) if word not in branches]
-    if not lacking or interface.parts:
+    if interface.parts:
+        return None
+    if config.place == "embeddings" and not any(
+        s.embeddings and s.embeddings.out for s in interface.stacks.values()
+    ):
+        return "no stack has embeddings that are named"
+    cores = [sublayer for _, sublayer in said if isinstance(sublayer, Attention)]
+    if config.place == "core" and all("core" in sublayer.without for sublayer in cores):
+        return next((sublayer.without["core"] for sublayer in cores), "it has no attention")
+    if not lacking:
         return None
     reasons = dict.fromkeys(reason for word in lacking if (reason := _reason(said, word)))
     return f"it has no {listing(lacking)}" + (f": {listing(reasons)}" if reasons else "")
+
+
+def partly(interface: Interface, config: MethodConfig) -> tuple[str, ...]:
+    """Why a method that a family can have finds no place in some layers, or in some of its models."""
+    if refusal(interface, config) is not None:
+        return ()
+    members = getattr(config, "configs", ()) or (config,)
+    wanted = {word for one in members for field in ("targets", "locations") for word in _words(one, field)}
+    said = [sublayer for stack in interface.stacks.values() for sublayer in _sublayers(stack)]
+    found = (_reason([one], word) for word in wanted for one in said)
+    return tuple(dict.fromkeys(sorted(filter(None, found))))
+
+
+def _words(config: MethodConfig, field: str) -> tuple[str, ...]:
+    words = getattr(config, field, None) or ()
+    return () if isinstance(words, str) else tuple(words)
 
 
 def _reason(said: list[tuple[str, Sublayer]], lacking: str) -> str:

@@ -23,6 +23,7 @@ class InvertibleConfig(MethodConfig):
     """Invertible adapters of MAD-X (Pfeiffer et al. 2020, arXiv:2005.00052)."""
 
     method: ClassVar[str] = "invertible"
+    place = "embeddings"
     passing = MethodConfig.passing | {"stacks"}
 
     coupling: Literal["nice", "glow"] = Field(default="nice", description="additive or affine coupling")

@@ -26,6 +26,7 @@ class PrefixTuningConfig(MethodConfig):
     """Prefix tuning (Li and Liang 2021, arXiv:2101.00190)."""
 
     method: ClassVar[str] = "prefix_tuning"
+    place = "core"
     passing = MethodConfig.passing | {"init", "encoder_prefix", "cross_prefix"}
 
     prefix_length: int = Field(

@@ -95,6 +95,18 @@ def test_list_gives_the_reason_where_a_family_lacks_a_method(
     assert "odd: no vera: the sizes differ" in text
 
 
+def test_list_says_where_a_method_finds_a_place_in_some_layers_only(run: Run) -> None:
+    rows = {row["name"]: row for row in json.loads(run("list", "--json").out)["interfaces"]}
+    assert rows["bert"]["partly"] == {}
+    (why,) = rows["mixtral"]["partly"]["ia3"]
+    assert rows["mixtral"]["methods"]["ia3"] is None and why.startswith("its experts keep their matrices")
+    assert "lora" not in rows["mixtral"]["partly"]
+    assert f"mixtral: ia3 not in every layer or model: {why}" in run("list").out
+    assert rows["voxtral_encoder"]["methods"]["invertible"] == "no stack has embeddings that are named"
+    assert rows["whisper"]["methods"]["invertible"] is None
+    assert rows["wavlm"]["methods"]["prefix_tuning"].startswith("one function computes attention")
+
+
 def test_show_marks_the_slots_of_a_model(run: Run) -> None:
     found = run("show", "bert")
     assert found.code == 0
