@@ -111,6 +111,7 @@ def missing(module: nn.Module, path: str, at: str = "") -> tuple[str, str, str]:
     names = [name for name, found in node._modules.items() if found is not None]
     rest = path.split(".")[len(walked) + 1 :]
     near = [".".join((*walked, name, *rest)) for name in names]
+    near = [found for found in near if child(module, found) is not None]
     guess = did_you_mean(path, near) or did_you_mean(part, _leaves(node))
     return f"{path!r} {state} in {where} ({type(node).__name__})", f"children there: {listing(names)}", guess
 
