@@ -126,14 +126,14 @@ class Column:
         if len(tables) > 1:
             more = ", ".join(one.path for one in tables[1:])
             self.notes.remark((*self.loc, "embeddings"), f"looked up too: {more}")
-        graph = self.scene.graph
         arriving = [c for c in self.facts.arriving if c.path != self.root and self._once(c)]
         arriving = [c for c in arriving if self.below(c.path) not in (None, ".")]
         projection = self._projection(arriving) if table else None
         before = projection.given if projection is not None else None
-        entering = graph.same(self.facts.entering if before is None else before)
-        exact = [c for c in arriving if c.gives is not None and graph.same(c.gives) == entering]
-        exact = [c for c in exact if self._is_stream(c.gives, before)]
+        exact = self._giving(arriving, before)
+        if before is not None and not exact:  # embeddings of another width come out of no module
+            projection = before = None
+            exact = self._giving(arriving, None)
         leaves = [c for c in exact if c.is_leaf and c.kind != "Identity"]
         # what passes on unchanged is the last of those that give the same numbers
         last = max(leaves or exact, key=lambda c: (c.end, c.index), default=None)
@@ -148,6 +148,13 @@ class Column:
         if projection is not None:
             said["extra"] = {"embedding_projection": self.below(projection.path)}
         return said
+
+    def _giving(self, arriving: list[Call], before: int | None) -> list[Call]:
+        """Calls that give what the projection reads, or the stream where there is none."""
+        graph = self.scene.graph
+        wanted = graph.same(self.facts.entering if before is None else before)
+        exact = [c for c in arriving if c.gives is not None and graph.same(c.gives) == wanted]
+        return [c for c in exact if self._is_stream(c.gives, before)]
 
     def _is_stream(self, value: int | None, before: int | None) -> bool:
         """Whether a value has as many axes as the stream, and as many numbers for each token."""

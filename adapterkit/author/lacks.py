@@ -41,11 +41,12 @@ def unsupported(columns: Iterable[Column]) -> dict[str, str]:
     return found
 
 
-def by_trial(scene: Scene, columns: Iterable[Column], interface: Interface) -> dict[str, str]:
+def by_trial(scene: Scene, columns: list[Column], interface: Interface) -> dict[str, str]:
     """The same, where something was seen that is in the way of a method, and a trial shows that it is."""
     usual = [column for column in columns if column.by_default]
     found: dict[str, str] = {}
-    reason = next((why for column in usual if not column.reads and (why := _no_place(column))), "")
+    asked = [column for column in usual if not column.reads]
+    reason = next((why for column in asked if (why := _no_place(column, columns))), "")
     if reason and not _runs(scene, {"method": "prompt_tuning", "prompt_length": 3}, interface):
         found["prompt_tuning"] = reason
     prefix = {"method": "prefix_tuning", "prefix_length": 2}
@@ -76,7 +77,7 @@ def _in_pieces(column: Column) -> bool:
     )
 
 
-def _no_place(column: Column) -> str:
+def _no_place(column: Column, every: list[Column]) -> str:
     """Why a prompt has no place in a stack of sequences; empty if nothing was seen that is in its way."""
     graph, given = column.scene.graph, column.given
     mask, positions = (
@@ -88,7 +89,9 @@ def _no_place(column: Column) -> str:
         return "positions of several axes are given to the stack, and a prompt has none there"
     looked_up = [table for table in _looked_up(column) if table not in graph.closure([column.facts.entering])]
     first, length = column.facts.layers[0].call, _shape(graph, column.facts.entering)[1]
+    states = {one.facts.leaving for one in every if one is not column}
     beside = [(name.partition(".")[0], v) for name, v in first.arguments if v != first.given]
+    beside = [(name, v) for name, v in beside if not states & graph.closure([v])]  # what is read of another
     for name, value in beside:
         if graph.closure([value]).intersection(looked_up):
             return f"{name} is looked up with ids beside the stream, and a prompt has none"
