@@ -26,10 +26,10 @@ from tests.oracles import residual
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 METHODS = (
-    "lora[targets=all, r=4]",
+    "lora[targets=all, r=2]",
     "ia3",
-    "vera[targets=all, r=4]",
-    "dora[targets=all, r=4]",
+    "vera[targets=all, r=2]",
+    "dora[targets=all, r=2]",
     "seq_bn[reduction_factor=4]",
     "par_bn[reduction_factor=4]",
     "compacter[reduction_factor=4, phm_dim=2]",

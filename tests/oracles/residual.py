@@ -86,6 +86,8 @@ def _layer(
             continue
         scale = getattr(*branch.scale) if isinstance(branch.scale, tuple) else branch.scale
         steps.append((at, branch, reads[-1], reads[-1] + scale * h.reshape(reads[-1].shape)))
+    if not steps:
+        return
     steps.sort(key=lambda step: step[0])
     if info.parallel and steps:
         x = steps[0][2]
