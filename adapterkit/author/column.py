@@ -304,7 +304,7 @@ class Column:
         parallel = [
             one.is_parallel for one in layers if {b.kind for b in one.branches} >= {"attention", "mlp"}
         ]
-        describer = Describer(self.scene, self.loc, self.notes, bool(parallel) and all(parallel))
+        describer = Describer(self.scene, self.loc, self.notes, bool(parallel) and all(parallel), self.batch)
         by_path = {facts.call.path: describer.layer(facts) for facts in layers}
         told = self._with_idle(by_path)
         said: Words = {}

@@ -88,6 +88,8 @@ class Describer:
     loc: tuple[str, ...]
     notes: Notes
     parallel: bool = False
+    axis: str = "first"
+    """Axis of the examples in the stream."""
     _layouts: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     def layer(self, facts: LayerFacts) -> Words:
@@ -244,7 +246,7 @@ class Describer:
         graph = self.scene.graph
         given = {graph.nodes[call.given].shape for call in graph.calls_of(path) if call.given is not None}
         axes = {_axis(shape, self.batch) for shape in given}
-        if axes <= {"first"}:
+        if self.axis == "none" or axes <= {self.axis}:
             return below
         return {"path": below, "batch": axes.pop() if len(axes) == 1 else "none"}
 

@@ -201,7 +201,8 @@ def test_a_tower_that_leads_to_a_text_is_adapted_when_it_is_addressed() -> None:
 
 def test_a_stream_without_an_axis_of_examples_has_no_positions() -> None:
     found = drafted(Packed(), states=torch.randn(2, 5, WIDTH))
-    assert found.data["stacks"]["encoder"]["batch"] == "none"
+    stack = found.data["stacks"]["encoder"]
+    assert stack["batch"] == "none" and stack["attention"]["q"] == "attention.q"
     assert set(found.data["unsupported"]) == {"prompt_tuning", "reft", "invertible"}
     whole = drafted(Stream(), states=torch.randn(2, 5, WIDTH))
     assert "batch" not in whole.data["stacks"]["encoder"] and set(whole.data["unsupported"]) == {"invertible"}
