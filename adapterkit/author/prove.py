@@ -137,7 +137,8 @@ def prove_method(name: str, interface: Interface, scene: Scene, blueprint: Bluep
         problem = refused.problem
         return Verdict(name, "refused", (), f"[{problem.code}] {problem.message}", problem.code)
     except Exception as error:  # whatever a model raises when a method gets in its way
-        law = next(law for law in LAWS if law not in shown)
+        own = {"start": column.starts_as_base, "apart": column.joined == "Parallel", "merge": column.merges}
+        law = next(law for law in LAWS if law not in shown and own.get(law, True))
         return Verdict(
             name, "broken", tuple(shown), f"{LAWS[law]}: {type(error).__name__}: {str(error)[:300]}"
         )
