@@ -61,8 +61,8 @@ def _widths(
     if event.kind != "function" or set(said.get("order", ())) not in ({"k", "v"}, {"_", "v"}):
         return {}
     rows = said.get("widths")
-    if key == value and rows is None:
-        return {}
+    if (key == value and rows is None) or (rows is not None and isinstance(rows["_"], str)):
+        return {}  # nothing to say, or said for a branch of the same kind before
     wanted = {"head_dim": key, "value_dim": value} | ({"_": rows["_"]} if rows else {})
     names = {word: _width_named(column, core, word, wide) for word, wide in wanted.items()}
     if None in names.values():
