@@ -22,6 +22,7 @@ FURTHER: dict[str, dict[str, dict[str, Any]]] = {
     "beit": {
         "shared": {"use_relative_position_bias": False, "use_shared_relative_position_bias": True},
         "plain": {"use_relative_position_bias": False},
+        "normed": {"use_mean_pooling": False},
     },
     "bert": {"crossed": CROSSED},
     "bert_generation": {"crossed": CROSSED},
