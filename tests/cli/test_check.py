@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -170,34 +169,6 @@ def test_an_unknown_model_is_wrong_usage(run: Run) -> None:
     assert (found.code, found.out) == (2, "")
     assert "error[no-such-model]" in found.err
     assert "did you mean 'bert'?" in found.err
-
-
-def many(folder: Path, count: int) -> None:
-    """A directory of `count` interfaces like the shipped ones."""
-    shipped = sorted(registry.shipped_directory().glob("*.yaml"))
-    for number in range(count):
-        source = shipped[number % len(shipped)]
-        again = number // len(shipped)
-        (folder / f"{source.stem}{f'_{again}' if again else ''}.yaml").write_text(source.read_text())
-
-
-def seconds(*arguments: str) -> float:
-    """Processor time of a fresh `adapterkit check`, the best of three: not what else the machine does."""
-    best = float("inf")
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [sys.executable, "-m", "adapterkit", "check", *arguments], check=True, capture_output=True
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return best
-
-
-def test_it_takes_less_than_half_a_second_now_and_with_150_files(tmp_path: Path) -> None:
-    many(tmp_path, 150)
-    assert seconds() < 0.5
-    assert seconds(str(tmp_path)) < 0.5
 
 
 def test_it_imports_neither_torch_nor_transformers() -> None:
