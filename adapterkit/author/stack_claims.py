@@ -142,7 +142,7 @@ def _last_before(seen: Seen, around: StackFacts) -> Call | None:
     named = graph.paths.get(said.path, said.path) if said is not None else None
     # a second table (of segments, say) is added to the stream as positions are
     tables = [one for one in around.tables if one.path == named] or around.tables
-    if seen.info.inputs.ids is None:  # tables are of positions then
+    if seen.info.inputs.ids is None and said is None:  # tables are of positions then
         tables = []
     content = {table.node for table in tables} or {
         node.index for node in graph.nodes if node.op == INPUT and node.floating

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -249,6 +249,15 @@ def test_a_closed_pipe_is_no_error(name: str) -> None:
     assert errors == ""
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal, also where the tests run in a background that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("where", ["adapterkit.cli.check.run", "adapterkit.cli.report.checked"])
 def test_control_c_ends_with_130_and_no_traceback(
     where: str, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -260,6 +269,7 @@ def test_control_c_ends_with_130_and_no_traceback(
     assert run("check") == Ran(130, "", "")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_while_the_command_line_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupting:
         def find_spec(self, name: str, *_: object) -> None:

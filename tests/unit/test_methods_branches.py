@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from adapterkit.inject.site import open_site
 from adapterkit.methods.names import parse
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.branches import Branch
-from adapterkit.runtime import Program, Runtime
+from adapterkit.runtime import Program, Record, Runtime
 from tests.oracles import bottleneck, compacter, fusion, invertible, reft
 from tests.oracles.bottleneck import Form
 
@@ -376,9 +377,12 @@ def test_fusion(options: dict[str, Any], number: int) -> None:
     query, residual = tokens(10), tokens(11)
     given = {k: v for k, v in options.items() if k not in ("query", "key", "value")}
     expected, weights = fusion.fuse(query, outputs, residual, tensors(unit), **given)
-    found, shares = unit.attend(query, torch.stack(outputs, -2), residual)
-    close(found.detach(), expected)
-    close(shares.detach(), weights)
+    record = Record()
+    site = SimpleNamespace(runtime=SimpleNamespace(override=SimpleNamespace(record=record)))
+    found = unit.mixture(query, outputs, residual, site).detach()
+    close(found if options.get("residual_before") else found + residual, expected)
+    (shares,) = record.fusion[unit.address]
+    close(shares, weights)
 
 
 def test_the_value_matrix_starts_near_the_identity() -> None:
