@@ -138,9 +138,9 @@ class MethodConfig(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
     method: ClassVar[str]
     trains: ClassVar[bool] = True
+    """False: it has no tensors, and makes sense beside another method alone."""
     place: ClassVar[Literal["core", "embeddings"] | None] = None
     """A place of the interface without which the method acts nowhere."""
-    """False: it has no tensors, and makes sense beside another method alone."""
     passing: ClassVar[frozenset[str]] = frozenset({"targets", "locations", "layers", "leave_out", "dropout"})
     """Options that say nothing about what the tensors at given slots mean once training is over."""
 

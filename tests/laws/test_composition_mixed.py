@@ -144,7 +144,8 @@ def test_blocks_of_examples_equal_each_adapter_alone(scene: Scene) -> None:
     for setup in (ak.Stack("a"), ak.Average("a", "b", weights=[2, 0]), ak.Route("a")):
         rows = {"rows": [0] * BATCH} if isinstance(setup, ak.Route) else {}
         # LoRA alone at a host is added up in another order than beside what other adapters need there
-        near = 1e-12 if rows or scene.kit["a"].config.method == "lora" else 0
+        apart = isinstance(setup, ak.Average) and scene.kit["a"].config.method == "lora"
+        near = 1e-12 if rows or apart else 0
         for name, value in scene.run(setup, **rows).items():
             torch.testing.assert_close(value, alone["a"][name], rtol=0, atol=near, equal_nan=True)
 
