@@ -73,26 +73,29 @@ def programs(
     compiler.refuse_scattered(steps)
     for place, keys in compiler.helpers(setup).items():
         steps[place] = (*steps.get(place, ()), *keys)
-    found: dict[str, Program] = {path: Program(before=entry.KEY) for path in entries}
+    fields: dict[str, dict[str, Any]] = {path: {"before": entry.KEY} for path in entries}
     for place, step in compiler.heads(setup).items():
-        found[place.path] = Program(instead=step, composed=isinstance(step, Lanes))
+        fields[place.path] = {"instead": step, "composed": isinstance(step, Lanes)}
     for place in sorted(steps, key=lambda place: place.phase):
-        old = found.get(place.path, Program())
-        if place.acts_on == _AROUND:
-            if any(isinstance(step, Lanes) for step in steps[place]):
-                found[place.path] = old._replace(around=compiler.around(place, steps[place]), composed=True)
+        own = steps[place]
+        composed = any(isinstance(step, Lanes) for step in own)
+        if place.acts_on == _AROUND and not composed:
             continue
-        field = _FIELDS[place.acts_on]
-        composed = old.composed or any(isinstance(step, Lanes) for step in steps[place])
-        changed: dict[str, Any] = {field: (*getattr(old, field), *steps[place]), "composed": composed}
-        found[place.path] = old._replace(**changed)
+        program = fields.setdefault(place.path, {})
+        if composed:
+            program["composed"] = True
+        if place.acts_on == _AROUND:
+            program["around"] = compiler.around(place, own)
+        else:
+            field = _FIELDS[place.acts_on]
+            program[field] = (*program.get(field, ()), *own)
     for path, key in compiler.joining():
-        if found.get(path) == Program(outputs=(key,)):
-            found[path] = found[path]._replace(joined=True)
+        if fields.get(path) == {"outputs": (key,)}:
+            fields[path]["joined"] = True
     batch = _batch(setup)
     if batch is not None:
-        found[entry.Top.key] = found.get(entry.Top.key, Program())._replace(batch=batch)
-    return found
+        fields.setdefault(entry.Top.key, {})["batch"] = batch
+    return {path: Program(**program) for path, program in fields.items()}
 
 
 def _batch(setup: Setup) -> Batch | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from adapterkit.inject.injector import Injection
 from adapterkit.methods.base import MethodConfig, Shared, Unit
-from adapterkit.model.walk import named_parameters
+from adapterkit.model.walk import parameters
 from adapterkit.planning import Plan
 
 
@@ -75,7 +75,7 @@ class Adapter:
         """Switch training on or off; tensors that are frozen by their method stay so."""
         self.trainable = wanted
         for module in (*self.units.values(), *self.heads.values()):
-            for _, parameter in named_parameters(module):
+            for *_, parameter in parameters(module):
                 parameter.requires_grad_(wanted)
         for module in self.poolers.values():
             module.requires_grad_(False)

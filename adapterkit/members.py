@@ -17,7 +17,7 @@ from adapterkit.inject.injector import close_entries, eject, inject, open_entrie
 from adapterkit.inject.site import check_called, check_unwrapped, site_of
 from adapterkit.inject.state import NAME, part_tensors, place_tensors
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.walk import named_parameters
+from adapterkit.model.walk import parameters
 from adapterkit.runtime import Programs, Runtime
 
 ATTRIBUTE = "_adapterkit"
@@ -69,7 +69,7 @@ class Members:
         self.runtime = Runtime()
         self.top = entry.Top(self.runtime, Inputs(blueprint))
         self.entries: dict[str, nn.Module] = {}
-        self._trained: frozenset[str] | None = None
+        self._trained: set[tuple[nn.Module, str]] | None = None
         self._hooks: list[Any] = []
 
     def check_name(self, name: str, replace: bool, fusion: bool = False) -> None:
@@ -91,7 +91,7 @@ class Members:
         for path, host in hosts.items():
             site = site_of(host)
             if site is not None:
-                site.program = programs.get(path)
+                site.__dict__["program"] = programs.get(path)  # attributes of modules are slow to set
         self.top.program = programs.get(self.top.key)
 
     def exchange(self, old: Adapter | None, new: Adapter) -> None:
@@ -169,10 +169,11 @@ class Members:
 
     def _enter(self) -> None:
         """What the first adapter needs: a frozen base, the hooks, the entries, the mark on the model."""
-        trained = {path: p for path, p in named_parameters(self.model) if p.requires_grad}
-        self._trained = frozenset(trained)
+        trained = [found for found in parameters(self.model) if found[2].requires_grad]
+        # by place: sharding puts other tensors there, and other libraries rename the path
+        self._trained = {(module, name) for module, name, _ in trained}
         self.entries |= open_entries(self.blueprint, self.runtime)
-        for parameter in trained.values():
+        for *_, parameter in trained:
             parameter.requires_grad_(False)
         self._hooks = [
             self.model.register_load_state_dict_pre_hook(place_tensors),
@@ -194,9 +195,8 @@ class Members:
         trained, self._trained = self._trained, None
         if trained is None:
             return
-        for path, parameter in named_parameters(self.model):
-            # by name: sharding replaces the tensors themselves
-            parameter.requires_grad_(path in trained)
+        for module, name, parameter in parameters(self.model):
+            parameter.requires_grad_((module, name) in trained)
 
 
 def _refuse_merged_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:

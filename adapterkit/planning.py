@@ -13,7 +13,7 @@ from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods.base import MethodConfig, Shared, Unit
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.walk import named_parameters
+from adapterkit.model.walk import parameters
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def describe(
     trained = sum(
         parameter.numel()
         for module in draft.modules().values()
-        for _, parameter in named_parameters(module)
+        for *_, parameter in parameters(module)
         if parameter.requires_grad
     )
     return Plan(
@@ -152,7 +152,7 @@ def describe(
         head_parameters=sum(
             parameter.numel()
             for head in heads
-            for _, parameter in named_parameters(head.module)  # without the copies of other adapters
+            for *_, parameter in parameters(head.module)  # without the copies of other adapters
         ),
         blueprint=blueprint,
     )

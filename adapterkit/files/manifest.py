@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic_core import to_json
 
 from adapterkit.errors import FileFormatError, Problem
 from adapterkit.inject.state import from_buffer, to_buffer
@@ -42,7 +43,7 @@ def write(plan: Plan, blueprint: Blueprint, shares: Sequence[str] = ()) -> torch
     Args: shares: adapters with which it has tensors in common, so that a checkpoint may lack its own.
     """
     data = {**describe(plan, blueprint), "shares": list(shares)}
-    return to_buffer(json.dumps(data, separators=(",", ":")))
+    return to_buffer(to_json(data))
 
 
 def check_version(data: Mapping[str, Any], file: str) -> None:

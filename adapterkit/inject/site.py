@@ -266,7 +266,8 @@ def check_unwrapped(module: nn.Module, path: str) -> None:
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
-    module.__class__ = cls
+    # past `nn.Module`, which would look at the class for what it may be
+    object.__setattr__(module, "__class__", cls)
     if "_old_forward" in module.__dict__:
         # accelerate was there first: its wrapper calls the forward that it remembers
         module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)

@@ -126,9 +126,9 @@ def _advice() -> str:
     return "the same adapters attached under the same names, or ak.load(model, checkpoint) to take them out"
 
 
-def to_buffer(text: str) -> torch.Tensor:
-    """Text as a uint8 tensor, so that it travels in a state dict."""
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+def to_buffer(content: bytes) -> torch.Tensor:
+    """Bytes as a uint8 tensor, so that they travel in a state dict."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def from_buffer(buffer: torch.Tensor) -> str:

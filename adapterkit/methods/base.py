@@ -248,4 +248,4 @@ class BranchConfig(MethodConfig):
 
 def per_slot(value: Any, slot: Slot, default: Any = None) -> Any:
     """An option that is one value, or one for each role or address; the address goes first."""
-    return value.get(slot.address, value.get(slot.role, default)) if isinstance(value, Mapping) else value
+    return value.get(slot.address, value.get(slot.role, default)) if isinstance(value, dict) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -120,12 +121,17 @@ def parse(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
     if isinstance(method, MethodConfig):
         return method
     if isinstance(method, str):
-        return union([_shorthand(part) for part in _split(method, "|") or [method]])
+        return _from_text(method)
     if isinstance(method, Mapping):
         given = dict(method)
         return _make(str(given.pop("method", "")), given)
     kind = type(method).__name__
     raise ConfigError(Problem("unknown-method", f"a method is a name, a dict or a config, not {kind}"))
+
+
+@lru_cache(256)  # configs are never changed
+def _from_text(text: str) -> MethodConfig:
+    return union([_shorthand(part) for part in _split(text, "|") or [text]])
 
 
 def _shorthand(text: str) -> MethodConfig:

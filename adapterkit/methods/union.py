@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -47,7 +46,7 @@ class UnionConfig(MethodConfig):
     def _together(self, groups: list[list[Slot]]) -> dict[str, Slot]:
         """All slots under addresses that tell which member they are for: '0:encoder.1.mlp'."""
         return {
-            f"{index}:{slot.address}": replace(slot, address=f"{index}:{slot.address}")
+            f"{index}:{slot.address}": slot.moved(address=f"{index}:{slot.address}")
             for index, group in enumerate(groups)
             for slot in group
         }
@@ -57,7 +56,7 @@ class UnionConfig(MethodConfig):
         groups: list[list[Slot]] = [[] for _ in self.configs]
         for slot in slots:
             index, _, address = slot.address.partition(":")
-            groups[int(index)].append(replace(slot, address=address))
+            groups[int(index)].append(slot.moved(address=address))
         return list(zip(self.configs, groups, strict=True))
 
     def check(self, slots: Sequence[Slot]) -> None:
@@ -96,7 +95,7 @@ class UnionConfig(MethodConfig):
         own: Any = (
             shared.members[index] if isinstance(shared, SharedUnion) and index in shared.members else None
         )
-        return self.configs[int(index)].build(replace(slot, address=address), own, generator)
+        return self.configs[int(index)].build(slot.moved(address=address), own, generator)
 
     def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
         return [helper for config, own in self.members(slots) for helper in config.helpers(own, blueprint)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import nn
 
 from adapterkit.model import layouts, linear
 from adapterkit.model.blueprint import Slot
-from adapterkit.model.scope import Draft, Found, Here
+from adapterkit.model.scope import ITSELF, Draft, Found, Here
 from adapterkit.model.walk import child, plain
-from adapterkit.spec.schema import Attention, Layer, Path, Sizes, Stack, Sublayer
+from adapterkit.spec.schema import Attention, Layer, Sizes, Stack, Sublayer
 from adapterkit.spec.text import Loc
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -28,13 +27,10 @@ _GROUPS = "num_key_value_groups"  # query heads for one key/value head
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 
 
-_ITSELF = Path(path=".")
-
-
 def bind_layer(here: Here, stack: Stack, kind: str | None) -> None:
     """Bind one layer; `here.root` is the layer."""
     own: Layer | None = stack.kinds.of[kind] if stack.kinds and kind is not None else None
-    add_place(here, f"{here.address}.layer", Found(here.root, here.path, _ITSELF))
+    add_place(here, f"{here.address}.layer", Found(here.root, here.path, ITSELF))
     shared = here.find(stack.shared_norm, "shared_norm")
     if shared:
         add_place(here, f"{here.address}.norm.before", shared)
@@ -197,7 +193,7 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
         return
     heads = here.draft.sizes.get(here.address, (None, None))
     core = here.draft.places.get(f"{here.address}.core")
-    holders = _Holders(here, Found(core.module, core.path, _ITSELF) if core else None)
+    holders = _Holders(here, Found(core.module, core.path, ITSELF) if core else None)
     widths = {
         role: holders.said(here.at("widths", role), said) or 0 for role, said in said.fused.widths.items()
     }
@@ -214,8 +210,7 @@ def _bind_fused(here: Here, said: Sublayer, host: Found) -> None:
         return
     for role in said.fused.roles:
         stretch = rows[role]
-        here.draft.slots[f"{here.address}.{role}"] = replace(
-            whole,
+        here.draft.slots[f"{here.address}.{role}"] = whole.moved(
             address=f"{here.address}.{role}",
             role=role,
             shape=(stretch.total, whole.shape[1]),

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
 from adapterkit.model.layouts import Rows
-from adapterkit.model.walk import named_parameters
+from adapterkit.model.walk import parameters
 from adapterkit.spec.schema import Inputs, Interface, Kernel, Reads
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Slot:
     """A linear map that methods may adapt, or a named place of the forward pass (`shape` None)."""
 
@@ -38,6 +38,12 @@ class Slot:
     @property
     def sublayer_address(self) -> str:
         return self.address.rpartition(".")[0]
+
+    def moved(self, **changes: Any) -> Self:
+        """As `dataclasses.replace`, several times faster: every layer has a dozen."""
+        there = object.__new__(type(self))
+        there.__dict__.update(self.__dict__, **changes)
+        return there
 
 
 Scale = float | tuple[nn.Module, str]
@@ -106,7 +112,7 @@ class Blueprint:
     @cached_property
     def parameters(self) -> int:
         """Numbers of the model itself, without adapters; tied ones count once."""
-        return sum(parameter.numel() for _, parameter in named_parameters(self.model))
+        return sum(parameter.numel() for *_, parameter in parameters(self.model))
 
     def roles(self, by_default: bool = False) -> tuple[str, ...]:
         """Every role and extra name that some slot has, in order of appearance, without `fused`.

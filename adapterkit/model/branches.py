@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -17,7 +17,7 @@ _INPUTS = {
 _OUTPUTS = {"attention": "o", "cross_attention": "o", "mlp": "down"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Branch(Slot):
     """One sublayer of one layer as a slot: `module` is where adapters act, `shape` is (D, D)."""
 
@@ -54,11 +54,11 @@ def branches(blueprint: Blueprint, before_norm: bool = False) -> dict[str, Branc
                 if branch is not None:
                     size = getattr(stack.layers[index], "chunk_size_feed_forward", None)
                     chunked = sublayer == "mlp" and bool(size)
-                    found[branch.address] = replace(branch, chunked=chunked) if chunked else branch
+                    found[branch.address] = branch.moved(chunked=chunked) if chunked else branch
     widths = {(branch.stack, branch.layer): branch.shape for branch in found.values() if branch.shape[0]}
     for address, branch in found.items():
         if not branch.shape[0]:  # nothing beside it shows its width, but the stream has one
-            found[address] = replace(branch, shape=widths.get((branch.stack, branch.layer), (0, 0)))
+            found[address] = branch.moved(shape=widths.get((branch.stack, branch.layer), (0, 0)))
     return found
 
 
@@ -121,5 +121,5 @@ def layer_slots(blueprint: Blueprint) -> dict[str, Slot]:
             place = blueprint.places[f"{stack.address}.{index}.layer"]
             shape = widths.get((stack.address, index))
             if shape is not None:
-                found[place.address] = replace(place, shape=shape)
+                found[place.address] = place.moved(shape=shape)
     return found

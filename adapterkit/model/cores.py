@@ -10,7 +10,7 @@ from adapterkit.spec.schema import Kernel
 _SUBLAYERS = ("attention", "cross_attention")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Core(Slot):
     """The core of one attention sublayer; `shape` is (K (E_k + E_v), D): keys and values of one token."""
 

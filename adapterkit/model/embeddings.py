@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
 from adapterkit.model import linear
@@ -24,7 +22,7 @@ def embedding_slots(blueprint: Blueprint) -> dict[str, Slot]:
         width = getattr(table.module, "embedding_dim", None) if table is not None else None
         shape = (width, width) if isinstance(width, int) else widths.get(stack)
         address = f"{stack}.embeddings"
-        found[address] = replace(place, address=address, role="embeddings", shape=shape)
+        found[address] = place.moved(address=address, role="embeddings", shape=shape)
     return found
 
 

@@ -77,17 +77,9 @@ class Pattern:
         if below != ".":
             for part in below.split("."):
                 module = module._modules[part]  # type: ignore[assignment]
-        return Slot(
-            here.address + rest,
-            slot.role,
-            slot.stack,
-            here.layer,
-            slot.sublayer,
-            module,
-            here.path if below == "." else f"{here.path}.{below}",
-            slot.shape,
-            slot.rows,
-            slot.transposed,
-            slot.batch,
-            slot.was,
+        return slot.moved(
+            address=here.address + rest,
+            layer=here.layer,
+            module=module,
+            path=here.path if below == "." else f"{here.path}.{below}",
         )

@@ -13,7 +13,7 @@ from adapterkit.model.bind import add_place, add_slot, bind_layer
 from adapterkit.model.blueprint import Blueprint, Head, StackInfo
 from adapterkit.model.heads import find_heads, find_loose
 from adapterkit.model.repeat import Pattern
-from adapterkit.model.scope import Draft, Found, Here, Scope
+from adapterkit.model.scope import ITSELF, Draft, Found, Here, Scope
 from adapterkit.model.walk import child, expand, join, missing
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Interface, Path, Stack
@@ -246,7 +246,7 @@ def _resolve_stack(here: Here, name: str, stack: Stack) -> StackInfo | None:
 def _roots(here: Here, at: Path | None) -> list[Found]:
     """Roots the stack may have."""
     if at is None:
-        return [Found(here.root, here.path, Path(path="."))]
+        return [Found(here.root, here.path, ITSELF)]
     options = at.any_of or (at,)
     modules = ((option, child(here.root, str(option.path))) for option in options)
     found = [Found(m, join(here.path, str(option.path)), option) for option, m in modules if m is not None]

@@ -17,6 +17,8 @@ from adapterkit.spec.schema import Interface, Path
 from adapterkit.spec.text import Loc
 
 _MISSING = object()
+ITSELF = Path(path=".")
+"""What names the module at hand."""
 
 
 @dataclass(frozen=True)

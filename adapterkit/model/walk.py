@@ -15,26 +15,26 @@ CHILD = "adapterkit"
 """Name of the child under which a module carries what adapters put there."""
 
 
-def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """As `model.named_parameters()` without adapters, several times faster: attach walks the whole model."""
-    found: list[tuple[str, nn.Parameter]] = []
+def parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The parameters of a model without those of adapters, each once: its module, its name there, itself.
+
+    Several times faster than `named_parameters`: attach walks the whole model.
+    """
+    found: list[tuple[nn.Module, str, nn.Parameter]] = []
     seen: set[int] = set()
-    stack = [("", model)]
+    stack = [model]
     while stack:
-        path, module = stack.pop()
+        module = stack.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if module._parameters:
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    found.append((path + name, parameter))
-        if module._modules:
-            # the first child next: a tied parameter has the name of its first place
-            for name, below in reversed(module._modules.items()):
-                if below is not None and name != CHILD:
-                    stack.append((f"{path}{name}.", below))
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.append((module, name, parameter))
+        for name, below in module._modules.items():
+            if below is not None and name != CHILD:
+                stack.append(below)
     return found
 
 

@@ -22,17 +22,16 @@ WHOLE: dict[str, Any] = {
 
 
 def test_a_whole_manifest_is_read_as_it_was_written() -> None:
-    assert manifest.read(to_buffer(json.dumps(WHOLE)), "model.safetensors") == WHOLE
+    assert manifest.read(to_buffer(json.dumps(WHOLE).encode()), "model.safetensors") == WHOLE
 
 
 @pytest.mark.parametrize("word", ["name", "config", "interface", "slots", "heads"])
 @pytest.mark.parametrize("value", [None, 7])
 def test_a_field_that_is_missing_or_of_another_kind_is_named(word: str, value: Any) -> None:
     data = {key: said for key, said in WHOLE.items() if key != word}
+    content = json.dumps(data if value is None else {**data, word: value}).encode()
     with pytest.raises(FileFormatError) as refused:
-        manifest.read(
-            to_buffer(json.dumps(data if value is None else {**data, word: value})), "model.safetensors"
-        )
+        manifest.read(to_buffer(content), "model.safetensors")
     (problem,) = refused.value.problems
     assert problem.code == "bad-file" and problem.file == "model.safetensors"
     assert problem.message.endswith(f"lacks or misstates {word}")
@@ -41,5 +40,5 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(word: str, value: A
 @pytest.mark.parametrize("text", [" ", "{", "[]", "7", '"a"'])
 def test_what_is_no_manifest_is_refused(text: str) -> None:
     with pytest.raises(FileFormatError) as refused:
-        manifest.read(to_buffer(text), "model.safetensors")
+        manifest.read(to_buffer(text.encode()), "model.safetensors")
     assert refused.value.problems[0].code == "bad-file"

@@ -40,7 +40,7 @@ def breaking(function: Any, at: int) -> Any:
         *((injector, "open_site", at) for at in (0, 1, 5, 12, 13)),  # 12 slots, one head, then the entry
         *((injector, "slug", at) for at in (0, 1, 5, 12, 13)),  # the last is for the manifest
         (members, "open_entries", 0),
-        (members, "named_parameters", 0),
+        (members, "parameters", 0),
     ],
 )
 def test_an_attach_that_fails_leaves_the_model_as_it_was(
