@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
+from adapterkit.methods import one_weight
 from adapterkit.methods.base import Shared, Unit
 from adapterkit.methods.lora import LoRA, LoRAConfig, add_rows
 from adapterkit.methods.vera import VeRA, VeRAConfig
-from adapterkit.methods.weights import readable, slot_bias, slot_weight
+from adapterkit.methods.weights import joinable, readable, slot_bias, slot_weight
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
 
@@ -67,11 +68,11 @@ class Magnitude(Unit):
     def decompose(self, slot: Slot, norm_scaled: bool, scale_bias: bool) -> None:
         """Add the magnitude m (D_out,) to a unit that is otherwise complete."""
         self.adds = False  # it also scales what the host gives
+        self.joins = slot.rows is None and joinable(slot.module)
         self.transposed = slot.transposed
         self.norm_scaled = norm_scaled
         self.scale_bias = scale_bias
-        # squared and rooted as in `norm`, so that both have the same bits
-        self.m = nn.Parameter(torch.linalg.vector_norm(readable(slot, "DoRA"), dim=1).square().sqrt())
+        self.m = nn.Parameter(one_weight.norms(readable(slot, "DoRA")))
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
         """L (D_out, R), S (R, D_in) and s with D = s L S, computed in `dtype`."""
@@ -79,21 +80,19 @@ class Magnitude(Unit):
 
     @torch.no_grad()
     def norm(self, host: nn.Module) -> torch.Tensor:
-        """||W + D|| for each row (D_out,), from R columns instead of a second matrix of the weight's size."""
+        """||W + D|| for each row (D_out,)."""
         weight = slot_weight(host, self.transposed, self.rows)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight = weight.to(wide)
-        left, right, scaling = self.factors(wide)
-        scaling = scaling if self.norm_scaled else 1.0
-        own = torch.linalg.vector_norm(weight, dim=1)
-        cross = (weight @ right.t() * left).sum(dim=1)
-        square = (left @ (right @ right.t()) * left).sum(dim=1)
-        total: torch.Tensor = own.square() + 2 * scaling * cross + scaling**2 * square
-        return total.clamp_min(0).sqrt()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        left, right, scaling = self.factors(weight.dtype)
+        return one_weight.norms_of_sum(weight, left, right, scaling if self.norm_scaled else 1.0)
+
+    def gain(self, norm: torch.Tensor) -> torch.Tensor:
+        """G (D_out,). A row of zeros has no direction: it stays as it is, since any g does the same."""
+        return self.m.to(norm.dtype) / norm.masked_fill(norm == 0, 1)
 
     def adapt(self, out: torch.Tensor, delta: torch.Tensor, host: nn.Module) -> torch.Tensor:
         """From the host's output (..., D_out) and D x to the decomposed output."""
-        gain = self.m / self.norm(host).to(self.m.dtype)
+        gain = self.gain(self.norm(host).to(self.m.dtype))
         own = out if self.rows is None else self.rows.view(out).flatten(-2)
         bias = None if self.scale_bias else slot_bias(host, self.rows)
         if bias is not None:
@@ -108,12 +107,12 @@ class Magnitude(Unit):
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         left, right, scaling = self.factors(weight.dtype)
-        low = left @ right
-        norm = torch.linalg.vector_norm(weight + (scaling if self.norm_scaled else 1.0) * low, dim=1)
-        gain = self.m.to(weight.dtype) / norm
-        return gain[:, None] * (
-            weight + scaling * low
-        ), bias * gain if self.scale_bias and bias is not None else bias
+        whole = torch.addmm(weight, left, right, alpha=scaling)
+        with torch.no_grad():
+            seen = whole if self.norm_scaled or scaling == 1 else torch.addmm(weight, left, right)
+            norm = one_weight.norms(seen)
+        gain = self.gain(norm)
+        return gain[:, None] * whole, bias * gain if self.scale_bias and bias is not None else bias
 
 
 class DoRA(Magnitude, LoRA):
@@ -130,7 +129,11 @@ class DoRA(Magnitude, LoRA):
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.B.to(dtype), self.A.to(dtype), self.scaling
 
-    def forward(self, out: Any, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+    def forward(self, out: torch.Tensor | None, x: torch.Tensor, host: Any) -> torch.Tensor:
+        if out is None:
+            if one_weight.pays(self, x, host, len(self.A), *self._parameters.values(), normed=True):
+                return F.linear(x, *self.merged(host.weight, host.bias))
+            out = F.linear(x, host.weight, host.bias)
         if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.A.dtype)
         if self.training and self.dropout:
@@ -156,5 +159,9 @@ class DVoRA(Magnitude, VeRA):
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
         return VeRA.factors(self, dtype)
 
-    def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+    def forward(self, out: torch.Tensor | None, x: torch.Tensor, host: Any) -> torch.Tensor:
+        if out is None:
+            if self.at_once(x, host, normed=True):
+                return F.linear(x, *self.merged(host.weight, host.bias))
+            out = F.linear(x, host.weight, host.bias)
         return self.adapt(out, self.low_rank(self.dropped(x)), host)

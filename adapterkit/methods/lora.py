@@ -13,7 +13,7 @@ from torch import nn
 
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.methods.base import Shared, SlotConfig, Unit, per_slot
-from adapterkit.methods.weights import is_plain, joinable, readable
+from adapterkit.methods.weights import in_rows, is_plain, joinable, readable
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
 
@@ -201,17 +201,14 @@ class LoRA(Unit):
         return own and plain and joinable(slot.module)
 
     def _accumulates(self, x: torch.Tensor, host: Any) -> bool:
-        """Whether W x may be added to the update: where B is zero, to the bits of the host.
-
-        Where the rows of x do not lie one after another, torch may take another kernel.
-        """
+        """Whether W x may be added to the update: where B is zero, to the bits of the host."""
         # as dictionaries: attributes of modules are slow to find; sharding may have put others there
         own, weight = self._parameters.get("A"), host._parameters.get("weight")
         if own is None or weight is None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return False
         wide = x.dtype is torch.float32 or x.dtype is torch.float64
         alike = wide and own.dtype is x.dtype and weight.dtype is x.dtype
-        return alike and x.numel() > 0 and x.is_contiguous()
+        return alike and x.numel() > 0 and in_rows(x)
 
     def _accumulated(self, x: torch.Tensor, host: Any) -> torch.Tensor:
         """Put b + s B A x first and W x onto it: on a CPU a linear map writes b first anyway."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import nn
 
 from adapterkit.errors import ConfigError, PlanError, Problem
+from adapterkit.methods import one_weight
 from adapterkit.methods.base import Shared, SlotConfig, Unit
 from adapterkit.methods.lora import add_rows, uniform
-from adapterkit.methods.weights import is_plain
+from adapterkit.methods.weights import is_plain, joinable
 from adapterkit.model.blueprint import Slot
 
 _TOGETHER = "all targets on one device, without offloading"
@@ -88,6 +89,7 @@ class VeRA(Unit):
         self.dropout = config.dropout
         self.rows = slot.rows
         self.in_place = is_plain(slot.module)
+        self.joins = slot.rows is None and joinable(slot.module)
         self.d = nn.Parameter(torch.full((config.r,), config.d_initial))
         self.b = nn.Parameter(torch.zeros(self.d_out))
         # in a tuple, so that the shared matrices are registered at their owner alone
@@ -114,7 +116,16 @@ class VeRA(Unit):
             x = x.to(self.d.dtype)
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
-    def forward(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
+    def at_once(self, x: torch.Tensor, host: nn.Module, normed: bool = False) -> bool:
+        """Whether host and unit run as one weight."""
+        tensors = *self._parameters.values(), *self.owner[0]._parameters.values()
+        return one_weight.pays(self, x, host, len(self.d), *tensors, normed=normed)
+
+    def forward(self, out: torch.Tensor | None, x: torch.Tensor, host: Any) -> torch.Tensor:
+        if out is None:
+            if self.at_once(x, host):
+                return F.linear(x, *self.merged(host.weight, host.bias))
+            out = F.linear(x, host.weight, host.bias)
         return add_rows(out, self.low_rank(self.dropped(x)), self.rows, self.in_place)
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -129,4 +140,5 @@ class VeRA(Unit):
     def merged(
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return weight + self.delta(weight.dtype), bias
+        left, right, scaling = self.factors(weight.dtype)
+        return torch.addmm(weight, left, right, alpha=scaling), bias

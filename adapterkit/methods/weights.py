@@ -27,6 +27,23 @@ def joinable(host: nn.Module) -> bool:
     return getattr(type(host), "_adapterkit_base", type(host)) is nn.Linear and is_plain(host)
 
 
+def in_rows(x: torch.Tensor) -> bool:
+    """Whether the rows of x (..., D) lie one after another, by its strides even where there is only one.
+
+    Where they do not, torch may take one kernel or another, by strides and by what wants a gradient.
+    """
+    if not x.is_contiguous():
+        return False
+    if 1 not in x.shape:
+        return True
+    expected = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def slot_weight(host: nn.Module, transposed: bool, rows: Rows | None) -> torch.Tensor:
     """(D_out, D_in) weight of a slot; a view of the host's where possible."""
     weight: torch.Tensor = host.weight  # type: ignore[assignment]
