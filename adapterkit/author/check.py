@@ -119,6 +119,7 @@ def look(blueprint: Blueprint, scene: Scene, book: Book) -> Iterator[Book]:
     for seen in stacks:
         layer_claims.layers(seen)
         stack_claims.stack(seen)
+    model_claims.defaults(stacks)
     yield book
     for seen in stacks:
         size_claims.numbers(seen, scene)

@@ -74,6 +74,8 @@ def _ids(trial: Trial, name: str) -> None:
     seen, given = trial.seen, trial.entry.argument(name)
     text = f"inputs.ids: {name!r} holds the ids"
     table = seen.place("embeddings.table")
+    if _is_given_embedded(trial):
+        return
     if given is None or table is None:
         seen.unseen(trial.loc("ids"), text)
         return
@@ -84,11 +86,19 @@ def _ids(trial: Trial, name: str) -> None:
     seen.judge(right, trial.loc("ids"), text, f"{table.path} is not called with it")
 
 
+def _is_given_embedded(trial: Trial) -> bool:
+    """Whether a part is given its tokens embedded: what ids do, models of its own type show."""
+    embeds = trial.seen.info.inputs.embeds
+    return "/" in trial.seen.info.address and embeds is not None and trial.given(embeds) is not None
+
+
 def _embeds(trial: Trial, ids: str, name: str) -> None:
     """Given the table's output in place of ids, the stack does the same."""
     seen, table = trial.seen, trial.seen.place("embeddings.table")
     text = f"inputs.embeds: {name!r} takes what the table gives, in place of ids"
     given, mask = trial.given(ids), seen.info.inputs.mask
+    if _is_given_embedded(trial):
+        return
     if table is None or given is None:
         seen.unseen(trial.loc("embeds"), text)
         return

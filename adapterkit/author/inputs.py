@@ -21,6 +21,8 @@ BATCH, SEQ, DECODER_SEQ, FRAMES = 2, 7, 5, 2
 FIRST_WORD, LAST_WORD = 5, 60
 TRIES, ASKED = 60, 3
 
+MEDIA = frozenset({"pixel_values", "input_features", "input_values", "audio_values"})
+
 _SUB = "model_type"
 Inputs = dict[str, Any]
 
@@ -46,6 +48,12 @@ def draw(model: nn.Module, seed: int = 0, given: Mapping[str, Any] | None = None
         if found is not None:
             return found
     raise NotRunning(reasons)
+
+
+def is_blind(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model takes images or sound beside its tokens, and these inputs hold none."""
+    names = Drawer(model).names
+    return "input_ids" in names and bool(MEDIA & set(names)) and not MEDIA & inputs.keys()
 
 
 def _running(drawer: Drawer, inputs: Inputs, reasons: list[str]) -> Inputs | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from adapterkit.author import mlp_claims
-from adapterkit.author.graph import Call
+from adapterkit.author.graph import Call, Projection
 from adapterkit.author.layers import BranchFacts, LayerFacts
 from adapterkit.author.seen import Block, BranchSeen, Seen, blocks
 from adapterkit.model import linear
@@ -106,7 +106,8 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> int:
     named = {s.path for block in said for name, s in block.slots.items() if name not in (*ROLES, "fused")}
     for branch in left:
         end = branch.projection
-        if seen.said.aside or (end is not None and (end.path in named or _convolves(seen, end.path))):
+        is_aside = seen.said.aside is not None and branch.kind == "mlp"
+        if is_aside or (end is not None and (end.path in named or _convolves(seen, end.path))):
             continue  # its linear maps are named under `extra`, for others there is no word
         what = (
             branch.projection.path
@@ -261,6 +262,7 @@ def _attention(branch: BranchSeen) -> None:
         word = "fused.path" if fused else role
         made = tuple(one for one in found if one.call is not None)
         if slot is None and role in block.lacks:
+            _lacking(branch, role, whats[role], found)
             continue
         if slot is None:
             named = {s.path for s in block.slots.values()}
@@ -272,6 +274,21 @@ def _attention(branch: BranchSeen) -> None:
         text = f"{word}: {branch.rel(slot.path)} makes the {whats[role]}"
         right = slot.path in {one.path for one in made}
         branch.judge(right, word, text, f"{branch.rels(found)} makes them", aspect=role if fused else "")
+
+
+def _lacking(branch: BranchSeen, role: str, what: str, found: tuple[Projection, ...]) -> None:
+    """What an alternative does without is not there: else a word that misses in the others would be silent.
+
+    A block on its own may also leave out what some versions make in another way.
+    """
+    block, paths = branch.block, {one.path for one in found}
+    if "any_of" not in block.loc or len(paths) != 1:
+        return
+    own = [path for path in paths if _is_below(path, branch.layer.path) and _is_linear(branch.seen, path)]
+    named = {slot.path for slot in block.slots.values()}
+    text = f"without.{role}: no module of the layer makes the {what}"
+    right = not own or own[0] in named
+    branch.judge(right, f"without.{role}", text, f"{branch.rels(found)} makes them")
 
 
 def _is_linear(seen: Seen, path: str) -> bool:

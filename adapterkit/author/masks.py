@@ -87,7 +87,14 @@ def made(
         return None
     calls = seen.graph.calls_of(layer)
     found = seen.tensors[calls[0].gives] if calls and calls[0].gives is not None else None
-    return found if found is not None and found.ndim == 3 else None
+    return None if found is None else joined(found)
+
+
+def joined(states: torch.Tensor) -> torch.Tensor | None:
+    """States (B, T, D) of what may be several streams (S, B, T, D); None if they have another form."""
+    if states.ndim == 4:
+        return states.movedim(0, -1).flatten(2)
+    return states if states.ndim == 3 else None
 
 
 def names_of(module: nn.Module) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from adapterkit.author.claims import Book
@@ -40,6 +42,32 @@ def described(blueprint: Blueprint, observation: Observation, book: Book) -> Non
         book.judge(
             not around, interface, loc, text, f"{stack.path} runs too: {len(around)} layers with attention"
         )
+
+
+def defaults(stacks: Sequence[Seen]) -> None:
+    """Roles mean the stack that reads the tokens, not one whose states become tokens among its own."""
+    for one in stacks:
+        ran, loc = one.calls(), _default_loc(one)
+        if not ran or one.info.inputs.ids is not None:
+            continue
+        for other in stacks:
+            first = other.calls()[:1]
+            if other is one or not first or other.place("embeddings.table") is None:
+                continue
+            entering = [call.given for call in first if call.given is not None]
+            if ran[-1].gives in one.graph.closure(entering):
+                text = f"by_default: what {one.info.address} gives are tokens of {other.info.address}"
+                observed, hint = "roles reach it without its address", "say 'by_default: false'"
+                interface = one.blueprint.interface
+                one.book.judge(
+                    not one.info.by_default, interface, loc, text, observed, hint, one.info.address
+                )
+
+
+def _default_loc(seen: Seen) -> Loc:
+    """Where the interface of the model says it, of a stack or of the part that it lies in."""
+    part, slash, _ = seen.info.address.partition("/")
+    return ("parts", part, "by_default") if slash else (*seen.loc, "by_default")
 
 
 def kernels(seen: Seen, scene: Scene) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from adapterkit.author import mlp_claims
+from adapterkit.author import batch_claims, mlp_claims
 from adapterkit.author.graph import Call
 from adapterkit.author.layers import BranchFacts
 from adapterkit.author.observe import Observation
 from adapterkit.author.recorder import Edit
 from adapterkit.author.scene import Scene
 from adapterkit.author.seen import Block, Seen, blocks
-from adapterkit.model.blueprint import Slot
 from adapterkit.model.cores import cores
 from adapterkit.model.layouts import Rows
 
@@ -28,7 +27,7 @@ def numbers(seen: Seen, scene: Scene) -> None:
                     _heads(seen, block, facts)
                 if "fused" in block.slots:
                     _fused(seen, scene, block, call)
-    _batch(seen, scene)
+    batch_claims.batch(seen, scene)
 
 
 def _is_that(block: Block, facts: BranchFacts) -> bool:
@@ -65,6 +64,11 @@ def _heads(seen: Seen, block: Block, facts: BranchFacts) -> None:
         hint = f"say 'sizes: {{{word}: ...}}'" if sizes is None else ""
         seen.judge(
             number == observed[word], (*block.loc, "sizes", word), text, f"it is {observed[word]}", hint
+        )
+    if core is not None and not core.key_dim and "prefix_tuning" not in seen.interface.unsupported:
+        text = "sizes: the width of a head is known"
+        seen.refute(
+            (*block.loc, "sizes", "head_dim"), text, f"it is {width}", "say 'sizes: {head_dim: ...}'", "known"
         )
     if heads is None and "kv_heads" in observed:
         text = "sizes: the number of heads is known"
@@ -161,41 +165,3 @@ def _differs(before: Observation, after: Observation, value: int, call: Call, *,
     if different.ndim == 4:
         different = different.movedim(2, 1)
     return bool(different.flatten(0, 1).any(0).all())
-
-
-# ---------------------------------------------------------------------------------------------------- batch
-
-
-def _batch(seen: Seen, scene: Scene) -> None:
-    """With one example less, the axis that is said to be the batch is shorter by one."""
-    other = scene.shorter
-    if other is None or len(other.graph.calls) != len(seen.graph.calls):
-        return
-    for index, place, _ in seen.layers():
-        for block in blocks(seen, index, place):
-            for name, slot in block.slots.items():
-                if name != "fused" and slot.rows is not None:
-                    continue
-                _axis(seen, scene, other, slot, block.at("fused.path" if name == "fused" else name))
-        _axis(seen, scene, other, place, (*seen.loc, "batch"))
-
-
-def _axis(seen: Seen, scene: Scene, other: Observation, slot: Slot, loc: tuple[str | int, ...]) -> None:
-    axes = set()
-    for call, less in zip(seen.graph.calls_of(slot.path), other.graph.calls_of(slot.path), strict=False):
-        if call.given is None or less.given is None:
-            return
-        before, after = seen.graph.nodes[call.given].shape, other.graph.nodes[less.given].shape
-        if slot.role == "layer" and len(before) > 3:
-            return  # several streams at once
-        different = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
-        axes.add(different[0] if different else None)
-    if not axes:
-        return
-    observed = "none" if axes - {0, 1} or len(axes) > 1 else "second" if axes == {1} else "first"
-    what = "a layer" if slot.role == "layer" else slot.path.rpartition(".")[2]
-    text = f"batch: {slot.batch}, in what {what} is called with"
-    if slot.batch == "none" and observed != "none":  # there may be configs under which it is none
-        seen.unseen((*loc, "batch"), text)
-    else:
-        seen.judge(slot.batch == observed, (*loc, "batch"), text, f"it is {observed}")

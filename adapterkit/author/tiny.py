@@ -64,14 +64,23 @@ def build(
     said = _said(config)
     given = {**drawn(said.inputs, seed), **(given or {})}
     reasons: list[str] = []
+    text_only: Tiny | None = None
     for way in WAYS:
+        if text_only is not None and not way.equal:
+            continue
         try:
             model = instance(wanted, Shrinker(config, way).shrink(config, said.config), seed)
-            return Tiny(model, drawing.draw(model, seed, given))
+            found = Tiny(model, drawing.draw(model, seed, given))
+            if not drawing.is_blind(*found):
+                return found
+            # the widths of a default config's towers may be at odds, so that only its text runs
+            text_only = text_only or found
         except drawing.NotRunning as error:
             reasons.append(error.reasons[0] if error.reasons else str(error))
         except Exception as error:  # constructors of transformers raise anything
             reasons.append(f"{type(error).__name__}: {error}")
+    if text_only is not None:
+        return text_only
     raise _refused(config.model_type, "; ".join(dict.fromkeys(map(_short, reasons))))
 
 

@@ -57,8 +57,8 @@ class Trial:
         calls = found.graph.calls_of(place.path) if found is not None else ()
         if found is None or not calls or calls[0].gives is None:
             return None
-        states = found.tensors[calls[0].gives]
-        return part(states) if states.ndim == 3 else None
+        states = masks.joined(found.tensors[calls[0].gives])
+        return None if states is None else part(states)
 
     def marks(self, found: Observation, words: str) -> list[torch.Tensor]:
         layers = [c for _, place, _ in self.seen.layers() for c in found.graph.calls_of(place.path)]

@@ -177,8 +177,8 @@ class Widen(nn.Module):
         if positions is None and name and ids is not None and not past and self.blocks:
             block: Any = self.blocks[0]
             positions = getattr(block, FROM_IDS)(ids, block.padding_idx)
-        if positions is not None and positions.ndim > 2:
-            message = f"{name!r} has {positions.ndim} axes: a prompt has no place in a grid of positions"
+        if positions is not None and positions.ndim > 3:
+            message = f"{name!r} has {positions.ndim} axes: a prompt has a place in (B, T) or (axes, B, T)"
             raise PlanError(Problem("unfit-input", message, self.stack))
         return positions
 

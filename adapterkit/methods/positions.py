@@ -78,7 +78,12 @@ def _take(x: torch.Tensor, source: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def shifted(positions: torch.Tensor, index: Index, count: int, offset: int, rows: int) -> torch.Tensor:
-    """Positions (B, T) with those of a prompt: it begins where the first token that it pushes away was."""
+    """Positions (B, T) with those of a prompt: it begins where the first token that it pushes away was.
+
+    A grid (axes, B, T) is moved along each of its axes, as a text in front of an image moves it.
+    """
+    if positions.ndim > 2:
+        return torch.stack([shifted(axis, index, count, offset, rows) for axis in positions])
     positions = positions.expand(rows, -1)
     at = torch.arange(positions.shape[1], device=positions.device)
     if isinstance(index, int):

@@ -324,6 +324,11 @@ class Embeddings(Model):
     )
 
 
+def _check_mask(mask: str | None, hides: bool) -> None:
+    if hides and mask is None:
+        raise complaint("missing-word", "'mask_hides' needs 'mask', the argument whose ones hide")
+
+
 class Inputs(Model):
     """Names of the arguments of the entry."""
 
@@ -344,6 +349,11 @@ class Inputs(Model):
         description="axis of the batch, where it is not the first; also of what attention is called with",
     )
 
+    @model_validator(mode="after")
+    def _masked(self) -> Self:
+        _check_mask(self.mask, self.mask_hides)
+        return self
+
 
 class Reads(Model):
     """The other stack whose states this one attends to."""
@@ -354,6 +364,11 @@ class Reads(Model):
         "encoder_attention_mask", description="argument of the entry that holds their mask"
     )
     mask_hides: bool = Field(False, description="ones of that mask hide states; else they show them")
+
+    @model_validator(mode="after")
+    def _masked(self) -> Self:
+        _check_mask(self.mask, self.mask_hides)
+        return self
 
 
 class Unembed(Model):
@@ -548,6 +563,9 @@ class Interface(Model):
     def _some(self) -> Self:
         if not self.stacks and not self.parts:
             raise complaint("missing-word", "an interface needs 'stacks' or 'parts'")
+        usual = [s.by_default for s in self.stacks.values()] + [p.by_default for p in self.parts.values()]
+        if not any(usual):
+            raise complaint("one-of", "roles reach no stack: one at least has no 'by_default: false'")
         if self.only is not None and self.like is None:
             raise complaint("missing-word", "'only' needs 'like', the interface whose stacks it keeps")
         return self

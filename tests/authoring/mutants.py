@@ -17,7 +17,7 @@ Data = Any
 Loc = tuple[str | int, ...]
 
 # what speaks of foreign files or to people, and claims nothing about the model
-SILENT = {"adapterhub", "peft", "was", "adapterkit", "like", "only"}
+SILENT = {"adapterhub", "peft", "was", "adapterkit", "like", "only", "tiny"}
 NORMS = ("before", "after", "after_residual")
 # words that may stand in each other's place: a mutant moves one to the other
 MOVES = {
@@ -80,6 +80,7 @@ def _all(data: Data, model: nn.Module, roots: dict[str, tuple[nn.Module, nn.Modu
             yield from _swapped(data, loc, value)
             yield from _moved(data, loc, value)
         yield from _said_otherwise(data, loc, value)
+        yield from _added(data, loc, value)
         yield from _misnamed(data, loc, value, model, roots)
     stacks = data.get("stacks", {})
     for one, other in itertools.combinations(stacks, 2):
@@ -141,6 +142,8 @@ def _swapped(data: Data, loc: Loc, value: dict[str, Data]) -> Iterator[Mutant]:
     for one, other in itertools.combinations(value, 2):
         if SILENT & {one, other} or type(value[one]) is not type(value[other]):
             continue
+        if loc[-1] in ("unsupported", "without"):  # reasons are for people
+            continue
         changed = copy.deepcopy(data)
         place = _at(changed, loc)
         place[one], place[other] = place[other], place[one]
@@ -170,8 +173,26 @@ def _said_otherwise(data: Data, loc: Loc, value: Data) -> Iterator[Mutant]:
         others = [list(order) for order in itertools.permutations(value) if list(order) != list(value)]
     elif word == "block":
         others = ["sequential" if value == "parallel" else "parallel"]
-    elif word == "batch" and isinstance(value, str):
+    elif (word == "batch" and isinstance(value, str)) or loc[-2:-1] == ("batch",):
         others = [axis for axis in ("first", "second", "none") if axis != value]
+    elif word in ("by_default", "mask_hides"):
+        others = [not value]
+    elif word == "eager":
+        others = [f"{value}_"]
+    elif word == "scale":
+        others = [2 * value if isinstance(value, float) else "layer_norm_eps", 1.0]
+    elif word == "groups":
+        others = [value + 1, 2 * value]
+    elif len(loc) > 1 and loc[-2] == "widths":
+        others = [value + 1 if isinstance(value, int) else "hidden_size"]
+    elif word == "args" and len(loc) > 1 and loc[-2] == "kernel":
+        others = [list(order) for order in itertools.permutations(value)]
+    elif word in ("bias", "method"):
+        others = ["forward", "extra_repr"]
+    elif word == "by" and len(loc) > 1 and loc[-2] == "kinds":
+        others = ["architectures", "num_hidden_layers"]
+    elif "parallel_when" in loc and not isinstance(value, dict | list | tuple):
+        others = [not value] if isinstance(value, bool) else [f"{value}x"]
     elif len(loc) > 1 and loc[-2] == "when":
         others = [not value] if isinstance(value, bool) else [f"{value}x"]
     elif len(loc) > 1 and loc[-2] == "sizes":
@@ -196,6 +217,33 @@ def _said_otherwise(data: Data, loc: Loc, value: Data) -> Iterator[Mutant]:
     for other in others:
         if other != value:
             yield Mutant("say", loc, f"{other!r} for {value!r}", _with(data, loc, other))
+
+
+def _added(data: Data, loc: Loc, value: Data) -> Iterator[Mutant]:
+    """Words that are not there and would change what is meant."""
+    if not isinstance(value, dict):
+        return
+    if len(loc) == 2 and loc[0] in ("stacks", "parts"):
+        # of two towers either may be the one that roles mean: that is a choice and no claim
+        every = [one for word in ("stacks", "parts") for one in data.get(word, {}).values()]
+        usual = [one for one in every if one.get("by_default", True)]
+        if usual == [value]:
+            yield Mutant("add", (*loc, "by_default"), "False", _with(data, (*loc, "by_default"), False))
+    if len(loc) == 2 and loc[0] == "stacks":
+        words: dict[str, Data] = {"batch": "second", "aside": "it does not"}
+        words |= {} if "block" in value or "kinds" in value else {"block": "parallel"}
+    elif loc[-1] in ("inputs", "reads"):
+        words = {"mask_hides": True}
+        words |= {"batch": {"hidden_states": "none"}} if loc[-1] == "inputs" else {}
+    elif loc[-1] in ("attention", "mlp") and ("o" in value or "down" in value):
+        words = {"scale": 0.5}
+    elif "path" in value and len(value) == 1 and loc[-1] in ("q", "v", "up", "down", "o"):
+        words = {"batch": "second"}
+    else:
+        words = {}
+    for word, said in words.items():
+        if word not in value:
+            yield Mutant("add", (*loc, word), f"{said!r}", _with(data, (*loc, word), said))
 
 
 def _misnamed(
@@ -225,8 +273,9 @@ def _misnamed(
 def _is_path(loc: Loc) -> bool:
     words = [part for part in loc if isinstance(part, str)]
     silent = {"when", "optional", "otherwise", "without", "inputs", "reads", "present_in", "config"}
-    silent |= {"model_type", "source", "sizes"}
-    if silent & set(words) or words[-1] in ("layout", "order", "block", "batch", "method", "args", "only"):
+    silent |= {"model_type", "source", "sizes", "parallel_when", "aside", "interface", "widths", "kernel"}
+    silent |= {"by", "scale", "bias", "eager"}
+    if silent & set(words) or words[-1] in ("layout", "order", "block", "batch", "only"):
         return False
     return words[0] in ("stacks", "parts", "heads") and words[-1] not in ("by",)
 

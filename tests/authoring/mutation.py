@@ -1,6 +1,7 @@
 """How many wrong interfaces are refuted: every mutant of every shipped one, in all scenes of its row.
 
-python -m tests.authoring.mutation [ROW ...]
+python -m tests.authoring.mutation [ROW ...]     rows of the table, all by default
+python -m tests.authoring.mutation [FILE ...]    other interfaces, in tiny models of all their types
 
 A mutant that means the same is counted apart. That it does is shown, not judged by hand: in every scene it
 resolves to the same blueprint, which is all that methods see of an interface; or to places whose modules
@@ -21,12 +22,15 @@ from typing import Any
 import transformers
 
 import adapterkit as ak
+from adapterkit.author.cast import cast
 from adapterkit.author.check import look, observe_claims
 from adapterkit.author.claims import Book
+from adapterkit.author.prove import COLUMNS, prove_methods
 from adapterkit.author.scene import Scene
 from adapterkit.errors import ResolveError, SpecError
 from adapterkit.methods.flow import base_forward, entry_place
 from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.cores import cores
 from adapterkit.model.resolve import resolve
 from adapterkit.spec import registry
 from tests.authoring.mutants import Mutant, mutants
@@ -59,8 +63,7 @@ class Outcome:
 
 def run(row: str, limit: int | None = None) -> Outcome:
     """Every mutant of a row's interface, or a few spread over all of them."""
-    seen = list(scenes(row))
-    whole = interface(row)
+    seen, whole = _subject(row)
     assert observe_claims(whole, seen).ok, "an interface that is wrong itself says nothing"
     data = registry.dump(whole)
     original = [meaning(resolve(scene.model, whole), scene) for scene in seen]
@@ -73,7 +76,7 @@ def run(row: str, limit: int | None = None) -> Outcome:
         if any(mutant.loc[: len(loc)] == loc for loc in idle):
             outcome.elsewhere.append(mutant)
             continue
-        by = judged(mutant, seen)
+        by = judged(mutant, seen, whole)
         if by is not None:
             outcome.refuted[by] += 1
             continue
@@ -84,6 +87,14 @@ def run(row: str, limit: int | None = None) -> Outcome:
         else:
             outcome.survivors.append((mutant, _difference(original, new)))
     return outcome
+
+
+def _subject(name: str) -> tuple[list[Scene], ak.Interface]:
+    """A row of the table, else a file of the shipped interfaces."""
+    if name in tiny.ROWS:
+        return list(scenes(name)), interface(name)
+    whole = registry.by_name(name)
+    return cast(whole), whole
 
 
 def _idle(data: Any, seen: list[Scene], original: list[Any]) -> list[tuple[str | int, ...]]:
@@ -101,7 +112,7 @@ def _idle(data: Any, seen: list[Scene], original: list[Any]) -> list[tuple[str |
     return found
 
 
-def judged(mutant: Mutant, seen: list[Scene]) -> str | None:
+def judged(mutant: Mutant, seen: list[Scene], original: ak.Interface) -> str | None:
     """What refutes a mutant, None if nothing does."""
     try:
         changed = ak.Interface.load(mutant.data)
@@ -116,6 +127,11 @@ def judged(mutant: Mutant, seen: list[Scene]) -> str | None:
     for blueprint, scene in blueprints:
         book = Book()
         if any(found.refutes for found in look(blueprint, scene, book)):
+            return "observed"
+    if mutant.loc[0] == "unsupported" and mutant.kind == "drop":
+        lost = set(original.unsupported) - set(changed.unsupported)
+        verdicts = prove_methods(changed, seen[0], tuple(lost & set(COLUMNS)))
+        if lost and any(verdict.state == "broken" for verdict in verdicts):
             return "observed"
     return None
 
@@ -176,11 +192,15 @@ def meaning(blueprint: Blueprint, scene: Scene) -> Any:
         stacks[address] = (info.path, info.num_layers, given, info.parallel, reads, info.by_default)
         stacks[address] += tuple(
             {key.replace(info.address, "", 1): value for key, value in found.items()}
-            for found in (info.kernels, info.eager, info.sizes, info.head_dims)
+            for found in (info.kernels, info.eager)
         )
+    dims = {
+        label(a, core.stack, core.role, core.path): (core.kv_heads, core.key_dim, core.value_dim)
+        for a, core in cores(blueprint).items()
+    }
     heads = sorted(head.path for head in blueprint.heads)
     poolers = sorted(head.path for head in blueprint.poolers)
-    return slots, places, stacks, heads, poolers, dict(blueprint.unsupported)
+    return slots, places, stacks, dims, heads, poolers, sorted(blueprint.unsupported)
 
 
 def _difference(original: list[Any], new: list[Any]) -> str:

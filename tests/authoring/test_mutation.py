@@ -35,4 +35,4 @@ def test_what_is_not_wrong_is_not_refuted() -> None:
 
     for row in ("custom", "vit"):
         whole = Mutant("none", (), "as it is", registry.dump(interface(row)))
-        assert judged(whole, list(scenes(row))) is None
+        assert judged(whole, list(scenes(row)), interface(row)) is None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit.author import tiny as author_tiny
 from tests.laws.prompt_cases import LENGTH, attach, vectors
 from tests.models import tiny
 from tests.oracles import prompt
@@ -146,3 +147,24 @@ def test_more_positions_than_the_model_has_learned_are_refused() -> None:
     with pytest.raises(ak.errors.PlanError) as refused:
         kit.model(**tiny.inputs("bert"))
     assert refused.value.code == "too-long"
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "glm4v"])
+def test_a_prompt_before_an_image_moves_the_grid_of_its_positions_as_a_text_does(model_type: str) -> None:
+    """The model counts positions of time, height and width itself: words in front stand for the prompt."""
+    words = (7, 9, 11)
+    model, inputs = author_tiny.build(model_type)
+    assert "pixel_values" in inputs
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    front = {"input_ids": torch.tensor(words), "attention_mask": torch.ones(3, dtype=torch.long)}
+    front["mm_token_type_ids"] = torch.zeros(3, dtype=torch.long)
+    longer = {name: torch.cat([front[name].expand(2, -1), value], 1) for name, value in text.items()}
+    with torch.no_grad():
+        expected = model(**{**inputs, **longer}).last_hidden_state[:, len(words) :]
+        options = {"prompt_length": len(words), "init": "from_text", "init_text_ids": words}
+        kit = ak.attach(model, {"method": "prompt_tuning", **options})
+        found = kit.model(**inputs).last_hidden_state
+        with kit.disabled():
+            plain = kit.model(**inputs).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)
