@@ -128,7 +128,7 @@ def judged(mutant: Mutant, seen: list[Scene], original: ak.Interface) -> str | N
         book = Book()
         if any(found.refutes for found in look(blueprint, scene, book)):
             return "observed"
-    if mutant.loc[0] == "unsupported" and mutant.kind == "drop":
+    if mutant.loc[:1] == ("unsupported",) and mutant.kind == "drop":
         lost = set(original.unsupported) - set(changed.unsupported)
         verdicts = prove_methods(changed, seen[0], tuple(lost & set(COLUMNS)))
         if lost and any(verdict.state == "broken" for verdict in verdicts):
