@@ -517,7 +517,11 @@ class Kit(Named):
         if format == "peft":
             return peft.write(Path(directory), adapter, self.blueprint, head)
         if format == "adapterhub":
-            return adapterhub.write(Path(directory), adapter, self.blueprint, head)
+            if isinstance(adapter.config, FusionConfig):
+                adapterhub.write_fusion(Path(directory), adapter, self._adapters, self.blueprint)
+            else:
+                adapterhub.write(Path(directory), adapter, self.blueprint, head)
+            return Path(directory)
         if format == "adapterkit":
             return native.write(Path(directory), adapter, self.blueprint, head)
         raise ConfigError(Problem("bad-option", f"{format!r} is no format that can be written", "format"))
@@ -531,8 +535,9 @@ class Kit(Named):
         for own in composition.names(wanted):
             self[own]  # that it is there
         skipped = tuple(self._skipped) if wanted == self._active else ()
+        write = adapterhub.write_setup if format == "adapterhub" else setups.write
         bundle = Bundle((), wanted, skipped)
-        return setups.write(directory, bundle, self._adapters, self.shared, self.blueprint, head)
+        return write(directory, bundle, self._adapters, self.shared, self.blueprint, head)
 
     def swap(
         self, name: str, source: str | Path, *, revision: str | None = None, allow_bin: bool = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,32 @@ def write_directory(
                 (work / name).replace(directory / name)
         shutil.rmtree(work, ignore_errors=True)
     return directory
+
+
+@contextmanager
+def replaced(directory: Path, may_go: Callable[[Path], bool]) -> Iterator[Path]:
+    """A new directory to write into, which then stands at this place as a whole; or nothing has changed.
+
+    Args: may_go: whether what stands there is something of ours that can be replaced.
+    Raises: FileFormatError: there is something else at this place.
+    """
+    if directory.exists() and not (directory.is_dir() and may_go(directory)):
+        message = "is there already, and no setup that could be replaced"
+        raise FileFormatError(Problem("bad-file", message, file=str(directory)))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
+        work = Path(folder) / "new"
+        work.mkdir()
+        yield work
+        if directory.exists():
+            old = directory.rename(Path(folder) / "old")
+            try:
+                work.rename(directory)
+            except BaseException:
+                old.rename(directory)
+                raise
+        else:
+            work.rename(directory)
 
 
 def to_json(data: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ crew/
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from adapterkit.composition import Fuse, Setup, blocks, from_dict, names, to_dic
 from adapterkit.errors import CompositionError, ConfigError, FileFormatError, Problem
 from adapterkit.files import manifest, native
 from adapterkit.files.content import Bundle
-from adapterkit.files.disk import read_json, to_json
+from adapterkit.files.disk import read_json, replaced, to_json
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.versions import __version__, installed
 
@@ -33,7 +32,7 @@ def asked(setup: Setup, name: str | None, format: str) -> Setup:
     Raises: CompositionError: it has no meaning. ConfigError: it is asked for beside the name of one
         adapter, or in a format that has no setups.
     """
-    if name is not None or format != "adapterkit":
+    if name is not None or format not in ("adapterkit", "adapterhub"):
         what = "a name" if name is not None else f"the format {format!r}"
         raise ConfigError(Problem("bad-option", f"a setup is not saved with {what}", "setup"))
     wanted = composition.read(setup)
@@ -55,10 +54,6 @@ def write(
     Args: bundle: the setup and what it skips. shares: groups of adapters with tensors in common.
     Raises: FileFormatError: there is something else at this place.
     """
-    if directory.exists() and not (directory.is_dir() and _may_go(directory)):
-        message = "is there already, and no setup that could be replaced"
-        raise FileFormatError(Problem("bad-file", message, file=str(directory)))
-    directory.parent.mkdir(parents=True, exist_ok=True)
     setup = bundle.setup
     assert setup is not None
     groups = (tuple(name for name in group if name in names(setup)) for group in shares)
@@ -70,21 +65,10 @@ def write(
         "shares": [list(group) for group in groups if len(group) > 1],
         "versions": {"adapterkit": __version__} | {p: installed(p) for p in ("torch", "transformers")},
     }
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
-        work = Path(folder) / "new"
-        work.mkdir()
+    with replaced(directory, _may_go) as work:
         for name in names(setup):
             native.write(work / name, adapters[name], blueprint, head)
         (work / CONFIG).write_text(to_json(data), encoding="utf-8")
-        if directory.exists():
-            old = directory.rename(Path(folder) / "old")
-            try:
-                work.rename(directory)
-            except BaseException:
-                old.rename(directory)
-                raise
-        else:
-            work.rename(directory)
     return directory
 
 

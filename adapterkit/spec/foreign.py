@@ -54,6 +54,7 @@ class AdapterHub(Model):
     own_adapters: Literal["kept", "removed"] = Field(
         "kept", description="whether their library takes adapters of the model's own out of it"
     )
+    parallel: bool = Field(False, description="their library has Parallel on this family")
     when: When | None = Field(None, description="config fields under which their numbers can be had")
     refused: Reason | None = Field(None, description="why their numbers cannot be reproduced on this family")
 

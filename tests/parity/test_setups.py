@@ -19,6 +19,10 @@ from tests.parity.recordings import COMPACT, Case
 REFUSED: list[tuple[Any, tuple[str, ...], str]] = [
     (ak.Average("a", "b"), ("seq_bn", "seq_bn"), "once more"),
     (ak.Stack("a", "b"), ("lora", "dora"), "one LoRA to the next"),
+    (ak.Stack("a", "b"), ("ia3", "lora"), "one LoRA to the next"),
+    (ak.Parallel("a", "b"), ("dora", "dora"), "magnitude of its last DoRA"),
+    (ak.MultiTask("a", "b"), ("dvora", "vera"), "magnitude of its last DoRA"),
+    (ak.BatchSplit("a", "b", batch_sizes=[1, 1]), ("lora", "ia3"), "adds (IA)"),
     (ak.Stack("a", "b"), ("seq_bn", "par_bn"), "mixes parallel"),
     (ak.Parallel("a", "b"), ("prefix_tuning[prefix_length=3]", "prefix_tuning"), "shorter prefixes"),
     (ak.Stack("a", "b"), ("seq_bn", "prompt_tuning"), "not those of 'b'"),

@@ -26,9 +26,10 @@ from adapterkit.files.content import Bundle, Content
 from adapterkit.files.disk import read_json
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.bottleneck import BottleneckConfig
+from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
+from adapterkit.methods.ia3 import IA3Config
 from adapterkit.methods.invertible import InvertibleConfig
 from adapterkit.methods.lora import LoRAConfig
-from adapterkit.methods.mtl_lora import MTLLoRAConfig
 from adapterkit.methods.prefix import PrefixTuningConfig
 from adapterkit.methods.prompt import PromptTuningConfig
 from adapterkit.methods.reft import ReFTConfig
@@ -37,7 +38,7 @@ from adapterkit.methods.vera import VeRAConfig
 from adapterkit.model.blueprint import Blueprint
 
 CONFIG = "adapter_setup.json"
-_LOW_RANK = (LoRAConfig, MTLLoRAConfig, VeRAConfig)
+_LOW_RANK = (LoRAConfig, VeRAConfig)
 Methods = Mapping[str, tuple[MethodConfig, ...]]
 _FIRST_ONLY = (ReFTConfig, InvertibleConfig)
 """Of these and of prompts, theirs runs that of the first adapter, for all examples, and no other."""
@@ -50,23 +51,18 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Bundle:
     """
     file = directory / CONFIG
     data = read_json(file)
-    try:
-        setup = from_dict(_plain(data.get("adapter_setup")))
-    except CompositionError as error:
-        raise FileFormatError(replace(problem, file=str(file)) for problem in error.problems) from None
+    setup = setup_in(data, file)
     fusions = {block.name: block for block in blocks(setup) if isinstance(block, Fuse)}
     contents = {}
     for name in sorted(names(setup), key=lambda name: name in fusions):
         if name in fusions:
-            found = fusion.read(_inside(directory, _their_name(fusions[name])), blueprint, allow_bin)
+            theirs = fusion.name_of(fusions[name].fused, name)
+            found = fusion.read(_inside(directory, theirs), blueprint, allow_bin)
         else:
             found = reader.read(_inside(directory, name), blueprint, allow_bin)
         contents[name] = replace(found, name=name)
     try:
-        problems = [*refusals(setup, contents), *_in_parts(setup, blueprint)]
-        if problems:
-            raise FileFormatError(problems)
-        contents = idle(setup, repeated(setup, contents))
+        contents = together(setup, contents, blueprint)
     except FileFormatError as error:
         raise FileFormatError(replace(problem, file=str(file)) for problem in error.problems) from None
     if data.get("head_setup"):
@@ -75,15 +71,22 @@ def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Bundle:
     return Bundle(tuple(contents.values()), setup)
 
 
+def setup_in(data: Mapping[str, Any], file: Path) -> Setup:
+    """The setup that a file of theirs says.
+
+    Raises: FileFormatError: it has no meaning.
+    """
+    try:
+        return from_dict(_plain(data.get("adapter_setup")))
+    except CompositionError as error:
+        raise FileFormatError(replace(problem, file=str(file)) for problem in error.problems) from None
+
+
 def _inside(directory: Path, name: str) -> Path:
     """The directory of an adapter; a name leads nowhere else."""
     if Path(name).name != name:
         raise FileFormatError(Problem("bad-file", f"{name!r} is no name", file=str(directory / CONFIG)))
     return directory / name
-
-
-def _their_name(block: Fuse) -> str:
-    return ",".join(block.fused) if block.name == "+".join(block.fused) else block.name
 
 
 def _plain(data: Any) -> Any:
@@ -96,17 +99,25 @@ def _plain(data: Any) -> Any:
     return {**data.get("kwargs", {}), "block": data.get("type"), "children": children}
 
 
+def together(setup: Setup, contents: Mapping[str, Content], blueprint: Blueprint) -> dict[str, Content]:
+    """The adapters with the options that say what theirs does with them in this setup.
+
+    Raises: FileFormatError: no option says it.
+    """
+    reader.refuse([*refusals(setup, contents), *_in_parts(setup, blueprint)])
+    return idle(setup, repeated(setup, contents))
+
+
 def refusals(setup: Setup, contents: Mapping[str, Content]) -> Iterator[Problem]:
     """What their library computes in another way than the setup says (adapters 1.3.0)."""
-    methods = {name: tuple(_methods(content.config)) for name, content in contents.items()}
+    methods = {name: tuple(methods_of(content.config)) for name, content in contents.items()}
     for block in blocks(setup):
         word, inside = type(block).__name__, [methods[name] for name in names(block) if name in methods]
         if isinstance(block, Average):
             yield _problem(
                 f"{word} of AdapterHub divides the weighted sum by the number of adapters once more"
             )
-        if isinstance(block, Stack) and _many(inside, _LOW_RANK) > 1:
-            yield _problem(f"a {word} of AdapterHub gives the result of one LoRA to the next, and drops it")
+        yield from _on_weights(block, inside)
         parallel = {m.is_parallel for own in inside for m in own if isinstance(m, BottleneckConfig)}
         if isinstance(block, Stack) and len(parallel) > 1:
             yield _problem(
@@ -196,7 +207,7 @@ def repeated(setup: Setup, contents: Mapping[str, Content]) -> dict[str, Content
 
     Raises: FileFormatError: it does it in another way than the option.
     """
-    methods = {name: tuple(_methods(content.config)) for name, content in contents.items()}
+    methods = {name: tuple(methods_of(content.config)) for name, content in contents.items()}
     counts: dict[str, set[int]] = {}
     for name, count in prepared(setup, methods) if isinstance(setup, Block) else ():
         counts.setdefault(name, set()).add(count)
@@ -239,14 +250,27 @@ def _in_parts(setup: Setup, blueprint: Blueprint) -> Iterator[Problem]:
         )
 
 
+def _on_weights(block: Block, inside: list[tuple[MethodConfig, ...]]) -> Iterator[Problem]:
+    """What a block of theirs does with several methods at one map: the last says how all of them act."""
+    word, added = type(block).__name__, _many(inside, _LOW_RANK)
+    if added + _many(inside, (IA3Config,)) < 2:
+        return
+    if isinstance(block, Stack) and added:
+        yield _problem(f"a {word} of AdapterHub gives the result of one LoRA to the next, and drops it")
+    elif _many(inside, (DoRAConfig, DVoRAConfig)):
+        yield _problem(f"{word} of AdapterHub takes the magnitude of its last DoRA for all of its adapters")
+    elif added and _many(inside, (IA3Config,)):
+        yield _problem(f"{word} of AdapterHub adds (IA)³, or multiplies with LoRA, as its last adapter does")
+
+
 def _many(inside: list[tuple[MethodConfig, ...]], kinds: tuple[type[MethodConfig], ...]) -> int:
     return sum(any(isinstance(method, kinds) for method in own) for own in inside)
 
 
-def _methods(config: MethodConfig) -> Iterator[MethodConfig]:
+def methods_of(config: MethodConfig) -> Iterator[MethodConfig]:
     if isinstance(config, UnionConfig):
         for member in config.configs:
-            yield from _methods(member)
+            yield from methods_of(member)
     else:
         yield config
 

@@ -42,9 +42,16 @@ _STARTING = {"init", "init_weights", "init_text_ids", "random_uniform_scale", "d
 _DERIVED = {"r", "alpha", "rslora", "sides", "reduction_factor", "orthogonal"}
 
 
-def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | str) -> Path:
-    """Write an adapter so that `adapters` loads it with the same numbers.
+def write(
+    directory: Path,
+    adapter: Adapter,
+    blueprint: Blueprint,
+    head: bool | str,
+    config: MethodConfig | None = None,
+) -> MethodConfig:
+    """Write an adapter so that `adapters` loads it with the same numbers; give its config as it will be read.
 
+    Args: config: what it does alone, where that is not its own config.
     Raises: FileFormatError: their format, or their library on this model, cannot have it; nothing is written.
     """
     if head is not False and adapter.heads:
@@ -57,32 +64,41 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
         if address not in adapter.heads and address not in adapter.poolers
         for name, value in module.state_dict().items()
     }
-    theirs = spell(adapter.config, adapter.plan.slots, blueprint)
-    tensors = _tensors(theirs, own, adapter, blueprint)
+    config = adapter.config if config is None else config
+    theirs = spell(config, adapter.plan.slots, blueprint)
+    read, tensors = _tensors(theirs, own, adapter, config, blueprint)
+    data = {"config": theirs, "name": adapter.name, **facts(blueprint)}
+    write_directory(directory, {reader.WEIGHTS[0]: tensors}, {reader.CONFIG: to_json(data)})
+    return read
+
+
+def facts(blueprint: Blueprint) -> dict[str, Any]:
+    """What each of their config files says of the model and of their library."""
     config = getattr(blueprint.model, "config", None)
-    data = {
-        "config": theirs,
+    return {
         "hidden_size": getattr(config, "hidden_size", None),
         "model_class": type(blueprint.model).__name__,
         "model_name": getattr(config, "_name_or_path", None) or None,
         "model_type": getattr(config, "model_type", None),
-        "name": adapter.name,
         "version": VERSION,
     }
-    return write_directory(directory, {reader.WEIGHTS[0]: tensors}, {reader.CONFIG: to_json(data)})
 
 
 def _tensors(
-    theirs: Mapping[str, Any], own: Mapping[str, torch.Tensor], adapter: Adapter, blueprint: Blueprint
-) -> Tensors:
-    """Key in their file -> tensor."""
+    theirs: Mapping[str, Any],
+    own: Mapping[str, torch.Tensor],
+    adapter: Adapter,
+    config: MethodConfig,
+    blueprint: Blueprint,
+) -> tuple[MethodConfig, Tensors]:
+    """The config that will be read; key in their file -> tensor."""
     plain = reader.members(_without_parametrisation(theirs), blueprint)
     reader.refuse(problem for member in plain for problem in member.refusals())
     places = Places(plain, blueprint)
     if not places.shapes:
         raise unsaid("an adapter at these places")
-    config, sources, addresses = reader.adapter(plain, places.named(), blueprint)
-    _compare(adapter, config, addresses)
+    read, sources, addresses = reader.adapter(plain, places.named(), blueprint)
+    _compare(adapter.plan.slots, config, read, addresses)
     if sources.keys() != own.keys():
         raise unsaid(f"its tensors: {listing(sorted(sources.keys() ^ own.keys()))}")
     for key, source in sources.items():
@@ -100,7 +116,7 @@ def _tensors(
         loose = 1e-5 if key.endswith(".projection") else 0.0  # an orthogonal matrix is computed from others
         if not torch.allclose(again[key].to(value.dtype), value, rtol=0, atol=loose):
             raise unsaid("all numbers of this tensor", key)
-    return found
+    return read, found
 
 
 def _without_parametrisation(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,17 +209,19 @@ class Places:
         return found
 
 
-def _compare(adapter: Adapter, config: MethodConfig, addresses: Sequence[str]) -> None:
+def _compare(
+    slots: Sequence[Slot], config: MethodConfig, read: MethodConfig, addresses: Sequence[str]
+) -> None:
     """Refuse what would be read as something else."""
-    ours = {slot.address: slot for slot in adapter.plan.slots}
+    ours = {slot.address: slot for slot in slots}
     if set(addresses) != ours.keys():
         differing = listing(sorted(set(addresses) ^ ours.keys()))
         raise unsaid(f"an adapter at exactly these places; it differs at {differing}")
-    mine, read = (dict(_behaviour(c, adapter.plan.slots)) for c in (adapter.config, config))
-    for name in sorted(mine.keys() | read.keys()):
-        if mine.get(name) != read.get(name):
+    mine, other = _behaviour(config, slots), _behaviour(read, slots)
+    for name in sorted(mine.keys() | other.keys()):
+        if mine.get(name) != other.get(name):
             raise unsaid(
-                f"{name}={mine.get(name)!r} on this model; it would be read as {read.get(name)!r}", name
+                f"{name}={mine.get(name)!r} on this model; it would be read as {other.get(name)!r}", name
             )
 
 
