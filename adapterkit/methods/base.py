@@ -135,7 +135,7 @@ class Mark(nn.Module):
 class MethodConfig(BaseModel, ABC):
     """Options of a method. Immutable; unknown options are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
     method: ClassVar[str]
     trains: ClassVar[bool] = True
     """False: it has no tensors, and makes sense beside another method alone."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PositiveFloat
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
@@ -26,10 +26,19 @@ from adapterkit.methods.flow import (
     with_first,
 )
 from adapterkit.methods.lora import Gate
+from adapterkit.methods.targets import Selection, chosen_layers
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import Branch, branches
 
 Init = Literal["bert", "mam_adapter", "houlsby"]
+
+
+def _text_keys(value: Any) -> Any:
+    """Numbers of layers may be numbers, as YAML reads them."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+Reduction = Annotated[PositiveFloat | dict[str, PositiveFloat], BeforeValidator(_text_keys)]
 
 
 class BottleneckConfig(BranchConfig):
@@ -38,8 +47,10 @@ class BottleneckConfig(BranchConfig):
     method: ClassVar[str] = "bottleneck"
     passing = BranchConfig.passing | {"init_weights", "stochastic_depth"}
 
-    reduction_factor: float | dict[str, float] = Field(
-        default=16.0, description="D / bottleneck width, one or for each layer ('encoder.3', 'default')"
+    reduction_factor: Reduction = Field(
+        default=16.0,
+        description="D / bottleneck width: one, or by stack, layer ('encoder.3'; a number where there is one "
+        "stack), branch and 'default'",
     )
     non_linearity: str = Field(default="relu", description="activation in the bottleneck")
     is_parallel: bool = Field(default=False, description="reads the residual and is added to the branch")
@@ -83,13 +94,28 @@ class BottleneckConfig(BranchConfig):
         if self.non_linearity not in ACTIVATIONS:
             raise ValueError(f"non_linearity is one of {', '.join(ACTIVATIONS)}")
 
+    def factor(self, branch: Slot) -> float:
+        """The reduction factor of a branch, by the most exact word for it."""
+        given = self.reduction_factor
+        if not isinstance(given, Mapping):
+            return given
+        words = (branch.address, f"{branch.stack}.{branch.layer}", str(branch.layer), branch.stack, "default")
+        usual = type(self).model_fields["reduction_factor"].default
+        return next((given[word] for word in words if word in given), float(usual))
+
     def width(self, branch: Branch) -> int:
         """Width of the bottleneck at a branch."""
-        factor = self.reduction_factor
-        if isinstance(factor, Mapping):
-            layer = f"{branch.stack}.{branch.layer}"
-            factor = factor.get(branch.address, factor.get(layer, factor.get("default", 16)))
-        return max(int((branch.shape or (1, 1))[0] // factor), 1)
+        return max(int((branch.shape or (1, 1))[0] // self.factor(branch)), 1)
+
+    def select(self, blueprint: Blueprint) -> Selection:
+        """What is asked for.
+
+        Raises: PlanError: `reduction_factor` names a layer or branch that does not exist.
+        """
+        for word in self.reduction_factor if isinstance(self.reduction_factor, Mapping) else ():
+            if word != "default" and word not in self.available(blueprint):
+                chosen_layers(blueprint, (int(word) if word.isdigit() else word,), ())
+        return super().select(blueprint)
 
     def check(self, slots: Sequence[Slot]) -> None:
         """Refuse what has no meaning at a branch."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.methods.base import Shared
-from adapterkit.methods.bottleneck import BottleneckConfig
+from adapterkit.methods.bottleneck import BottleneckConfig, Reduction
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.branches import Branch
 
@@ -22,8 +22,10 @@ class CompacterConfig(BottleneckConfig):
     method: ClassVar[str] = "compacter"
     passing = BottleneckConfig.passing | {"phm_init_range"}
 
-    reduction_factor: float | dict[str, float] = Field(
-        default=32.0, description="D / bottleneck width, one or for each layer ('encoder.3', 'default')"
+    reduction_factor: Reduction = Field(
+        default=32.0,
+        description="D / bottleneck width: one, or by stack, layer ('encoder.3'; a number where there is one "
+        "stack), branch and 'default'",
     )
     non_linearity: str = Field(default="gelu", description="activation in the bottleneck")
     phm_dim: int = Field(default=4, ge=1, description="number n of Kronecker products; divides both widths")

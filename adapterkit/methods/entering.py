@@ -19,7 +19,7 @@ from adapterkit.methods.flow import (
     past_of,
     with_first,
 )
-from adapterkit.methods.positions import Index, Span, insert, key, shifted, start, widened
+from adapterkit.methods.positions import Index, Span, insert, key, remove, shifted, start, widened
 from adapterkit.model.blueprint import Blueprint, Slot, StackInfo
 from adapterkit.spec.schema import Inputs, Reads
 
@@ -140,6 +140,10 @@ class Widen(nn.Module):
             raise PlanError(Problem("too-long", message, self.stack, "a shorter prompt, or shorter inputs"))
         if mask is not None:
             given[str(names.mask)] = widened(mask, count, index, names.mask_hides)
+        elif not self.move and takes(module, names.mask):
+            # the model would make one of the length that it was given
+            shown = tokens.new_full((rows, total), not names.mask_hides, dtype=torch.long)
+            given[str(names.mask)] = shown
         flow[key(self.stack)] = Span(index, count, total, fresh)
         if not self.move:
             return (), given
@@ -210,6 +214,25 @@ class Embed(nn.Module):
         given = given_arguments(module, args, kwargs)
         embeds = self.acting.module(given.pop(self.ids))
         return (), {**given, EMBEDS: self.acting.put(embeds, flow)}
+
+
+class Narrow(nn.Module):
+    """At embeddings behind which the prompt is put: masks (B, P + T) that they get are cut to (B, T)."""
+
+    def __init__(self, stack: str) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
+        span: Span | None = flow.get(key(self.stack))
+        if span is None:
+            return args, kwargs
+
+        def own(value: Any) -> Any:
+            wide = isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == span.total
+            return remove(value, span.index, span.count, 1) if wide else value
+
+        return tuple(own(value) for value in args), {name: own(value) for name, value in kwargs.items()}
 
 
 def _mask_key(stack: str) -> str:

@@ -131,7 +131,7 @@ def parse(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
 
 @lru_cache(256)  # configs are never changed
 def _from_text(text: str) -> MethodConfig:
-    return union([_shorthand(part) for part in _split(text, "|") or [text]])
+    return union([_shorthand(part) for part in _split(text, "|")])
 
 
 def _shorthand(text: str) -> MethodConfig:
@@ -143,7 +143,7 @@ def _shorthand(text: str) -> MethodConfig:
             Problem("bad-shorthand", f"{text!r} has no closing ']'", expected="such as 'lora[r=4,alpha=8]'")
         )
     given = {}
-    for item in _split(rest[:-1]):
+    for item in filter(str.strip, _split(rest[:-1])):
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(
@@ -167,7 +167,7 @@ def _split(text: str, mark: str = ",") -> list[str]:
         if letter == mark and not depth:
             items.append(text[start:at])
             start = at + 1
-    return [item for item in (*items, text[start:]) if item.strip()]
+    return [*items, text[start:]]
 
 
 def _make(name: str, given: dict[str, Any]) -> MethodConfig:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
@@ -49,7 +49,7 @@ class PrefixTuningConfig(MethodConfig):
         description="a bias of relative positions counts the prefix among the keys, but not among the "
         "queries, as in files of AdapterHub",
     )
-    init: Literal["normal"] | float = Field(
+    init: Literal["normal"] | NonNegativeFloat = Field(
         default="normal",
         description="standard deviation of the embedded (flat: of all) numbers at first; normal: 1",
     )

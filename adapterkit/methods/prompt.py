@@ -17,7 +17,7 @@ from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Unmergea
 from adapterkit.methods.flow import base_forward, entry_place
 from adapterkit.methods.positions import Strip, StripRead
 from adapterkit.methods.targets import Selection, unknown_stacks
-from adapterkit.model.blueprint import Blueprint, Slot
+from adapterkit.model.blueprint import Blueprint, Slot, StackInfo
 from adapterkit.model.branches import layer_slots
 from adapterkit.model.embeddings import embedding_slots
 from adapterkit.model.reading import read_stacks, sources
@@ -149,8 +149,12 @@ def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
     if info.inputs.ids is not None and table is not None and out is not None:
         inner = entering.embeds_at(blueprint, stack)
         if config.insert == "out":
-            block, _, _ = out.path.removeprefix(info.path).strip(".").rpartition(".")
-            if not block:
+            block, positions = _block(info, out), info.inputs.positions
+            # where the stack takes positions and the embeddings do not, the layers have them
+            if block is None or (
+                entering.takes(entry_place(blueprint, stack).module, positions)
+                and not entering.takes(block.module, positions)
+            ):
                 message = "positions are added outside the embeddings, so nothing can come in behind them"
                 raise PlanError(Problem("no-place-behind", message, address, "insert='embeds'"))
             return replace(out, address=address, role="out", shape=shapes[stack])
@@ -162,6 +166,16 @@ def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
     layer = next(slot for slot in layers if slot.layer == 0)
     place = blueprint.places[f"{stack}.0.layer"]
     return replace(place, address=address, role="layer", shape=layer.shape, layer=None, sublayer=None)
+
+
+def _block(info: StackInfo, out: Slot) -> Slot | None:
+    """The embeddings as one module, whose end is `out`; None if there is none."""
+    path, _, _ = out.path.removeprefix(info.path).strip(".").rpartition(".")
+    return replace(out, path=_under(info.path, path), module=info.root.get_submodule(path)) if path else None
+
+
+def _under(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> list[Helper]:
@@ -196,6 +210,7 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
                 add(places.get(f"{stack}.final_norm"), "strip", strip, "output")
     elif not in_layers:
         add(entry, "widen", partial(entering.Widen, info, acting, None, False))
+        add(_block(info, slot), "narrow", partial(entering.Narrow, stack))
     elif slot.role == "out" and info.inputs.mask is not None:
         add(entry, "widen", partial(entering.WidenMask, stack, info.inputs, acting))
     elif info.inputs.mask is not None:

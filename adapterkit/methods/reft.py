@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
+from adapterkit.errors import ConfigError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import Helper, Layers, MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.flow import EntryInfo, entry_place, first, flow_of, with_first
@@ -57,6 +58,19 @@ class ReFTConfig(MethodConfig):
         slots = self.available(blueprint).values()
         by_default = (slot for slot in slots if blueprint.stacks[slot.stack].by_default)
         return Selection.of([slot for slot in by_default if (slot.stack, slot.layer) in kept])
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Refuse more orthonormal rows than there are dimensions."""
+        widths = ((slot.address, (slot.shape or (1,))[0]) for slot in slots)
+        problems = [
+            Problem(
+                "bad-rank", f"rank {self.r} is not between 1 and {width}, the width of the stream", address
+            )
+            for address, width in widths
+            if self.orthogonal and self.r > width
+        ]
+        if problems:
+            raise ConfigError(problems)
 
     def build(self, slot: Slot, shared: Shared | None, generator: torch.Generator | None) -> Unit:
         return ReFT(slot, self, generator)

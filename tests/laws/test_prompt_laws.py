@@ -14,6 +14,7 @@ import adapterkit as ak
 from tests.laws.matrix import CUSTOM, default_classes, generating, loss, randomise, run
 from tests.laws.prompt_cases import LENGTH, attach
 from tests.models import tiny
+from tests.oracles import prompt as prompt_oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces a better way:FutureWarning")
 
@@ -163,6 +164,45 @@ def test_adapterhub_places_the_prompt_behind_the_embeddings_and_keeps_its_positi
     real = mask.bool()
     torch.testing.assert_close(found.last_hidden_state[real], states[real], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(found.pooler_output, plain.pooler(states), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("given_mask", [True, False])
+@pytest.mark.parametrize("row", ["deberta", "deberta_v2"])
+def test_behind_embeddings_that_are_masked_themselves(row: str, given_mask: bool) -> None:
+    """They see the mask of the tokens, the layers one with the prompt; without a mask all is seen."""
+    kit, plain, given = attach(row, None, insert="out"), tiny.build(row), dict(tiny.inputs(row))
+    mask = given["attention_mask"] if given_mask else torch.ones_like(given.pop("attention_mask"))
+    (prompt,) = kit["default"].parameters()
+    with torch.no_grad():
+        inner = plain.embeddings(
+            input_ids=given["input_ids"], token_type_ids=given.get("token_type_ids"), mask=mask
+        )
+        begins = prompt_oracle.places(mask, 0)
+        states = prompt_oracle.put_vectors(inner, prompt, begins)
+        wide = prompt_oracle.put(mask, torch.ones(len(prompt)), begins)
+        expected = prompt_oracle.cut(
+            plain.encoder(states, wide, return_dict=True).last_hidden_state, len(prompt), begins
+        )
+        found = kit.model(**given).last_hidden_state
+    real = mask.bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("row", ["bert", "albert", "distilbert", "electra", "roberta", "xmod"])
+def test_without_a_mask_the_prompt_behind_the_embeddings_is_seen_as_all_is(row: str) -> None:
+    kit, given = attach(row, None, insert="out"), dict(tiny.inputs(row))
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    with torch.no_grad():
+        expected = tiny.output(kit.model(**given))
+        del given["attention_mask"]
+        found = tiny.output(kit.model(**given))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_behind_embeddings_whose_positions_are_in_the_layers_there_is_no_place() -> None:
+    with pytest.raises(ak.errors.AdapterkitError) as refused:
+        ak.attach(tiny.build("modernbert"), "prompt_tuning[insert=out]")
+    assert refused.value.code == "no-place-behind"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ def put(rows: Tensor, new: Tensor, begins: list[int]) -> Tensor:
     return torch.stack([torch.cat([row[:i], new.to(row), row[i:]]) for row, i in each])
 
 
+def put_vectors(rows: Tensor, vectors: Tensor, begins: list[int]) -> Tensor:
+    """States (B, T, D) with vectors (P, D) at a place of their own."""
+    return torch.stack([torch.cat([r[:i], vectors, r[i:]]) for r, i in zip(rows, begins, strict=True)])
+
+
 def cut(rows: Tensor, count: int, begins: list[int]) -> Tensor:
     """Rows (B, P + T, ...) without what `put` has put in."""
     each = zip(rows, begins, strict=True)

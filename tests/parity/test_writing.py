@@ -87,6 +87,17 @@ def test_an_adapter_of_our_own(tmp_path: Path) -> None:
     assert unit.scaling == kit["a"].units["encoder.0.attention.q"].scaling == 3
 
 
+def test_factors_by_any_word_for_a_layer(tmp_path: Path) -> None:
+    kit = ak.attach(
+        tiny.build("bert"), "seq_bn[reduction_factor={1: 4, encoder.0.mlp: 8}]", name="a", head=False
+    )
+    kit.save(tmp_path / "out", format="adapterhub")
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["config"]["reduction_factor"]
+    assert said == {"0": 8, "1": 4, "default": 16}
+    again = ak.load(tiny.build("bert"), tmp_path / "out")
+    assert [u.down.out_features for u in again["a"].units.values()] == [4, 8]
+
+
 @pytest.mark.parametrize(
     ("row", "method", "words"),
     [
@@ -97,6 +108,7 @@ def test_an_adapter_of_our_own(tmp_path: Path) -> None:
         ("bert", "lora[targets=[q, v], r={q: 2, v: 4}]", "several ranks"),
         ("bert", "lora[targets=[encoder.0.attention.q, encoder.1.attention.v]]", "exactly these places"),
         ("bert", "prompt_tuning", "insert"),
+        ("bert", "double_seq_bn[reduction_factor={encoder.1.mlp: 4}]", "factors in one layer"),
         ("gemma2", "double_seq_bn", "branch"),
         ("bert", "silence", "nothing"),
     ],

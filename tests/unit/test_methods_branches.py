@@ -243,7 +243,7 @@ def test_activations(act: str) -> None:
 def test_width(factor: float, width: int) -> None:
     place = branch(Layer(True))
     assert built({"method": "seq_bn", "reduction_factor": factor}, place).down.out_features == width
-    for key in (BRANCH, "encoder.0", "default"):
+    for key in (BRANCH, "encoder.0", "0", 0, "encoder", "default"):
         mapping = {"encoder.1": 3, key: factor}
         assert built({"method": "seq_bn", "reduction_factor": mapping}, place).down.out_features == width
 

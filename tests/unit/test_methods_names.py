@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 import adapterkit as ak
-from adapterkit.errors import ConfigError, Problem
+from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods.names import METHODS, parse
 from tests.unit.kit_scene import bert, refused
 
@@ -77,6 +77,16 @@ def test_shorthands(text: str, config: Any) -> None:
             ),
         ),
         ("vera[r=0]", Problem("bad-option", "vera: 0 does not fit 'r'", "r")),
+        (
+            "seq_bn[reduction_factor=0]",
+            Problem("bad-option", "bottleneck: 0 does not fit 'reduction_factor'", "reduction_factor"),
+        ),
+        (
+            "compacter[reduction_factor={0: -2}]",
+            Problem("bad-option", "compacter: -2 does not fit 'reduction_factor'", "reduction_factor"),
+        ),
+        ("seq_bn[scaling=.nan]", Problem("bad-option", "bottleneck: nan does not fit 'scaling'", "scaling")),
+        ("prefix_tuning[init=-1]", Problem("bad-option", "prefix_tuning: -1 does not fit 'init'", "init")),
         ("lora[init=pisa]", Problem("bad-option", "lora: 'pisa' does not fit 'init'", "init")),
         ("ia3[sides={k: x}]", Problem("bad-option", "ia3: 'x' does not fit 'sides'", "sides")),
         (
@@ -116,11 +126,21 @@ def test_what_is_wrong_is_said(method: Any, problem: Problem) -> None:
         ("lora[alpha={k: 3, o: 1}]", "unknown-role", ["alpha", "alpha"]),
         ("ia3[sides={q: input}]", "unknown-role", ["sides"]),
         ("lora[init=pissa, alpha=-1]", "bad-option", ["encoder.0.attention.q", "encoder.0.attention.v"]),
+        ("loreft[r=33]", "bad-rank", ["encoder.0.layer"]),
+        ("seq_bn|", "unknown-method", [""]),
     ],
 )
 def test_options_that_do_not_fit_the_model(method: str, code: str, addresses: list[str]) -> None:
     error = refused(ConfigError, code, ak.attach, bert(num_hidden_layers=1), method)
     assert sorted(problem.address for problem in error.problems) == addresses
+
+
+@pytest.mark.parametrize("word", ["encoder.2", "2", "encoder.0.norm", "-1", "decoder"])
+@pytest.mark.parametrize("method", ["seq_bn", "compacter"])
+def test_a_reduction_factor_for_no_layer_or_branch_is_refused(method: str, word: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        ak.plan(bert(num_hidden_layers=2), {"method": method, "reduction_factor": {word: 4, "default": 2}})
+    assert caught.value.code == "no-such-layer"
 
 
 def test_configs_are_immutable_values() -> None:

@@ -173,7 +173,11 @@ def _bottleneck(
         words.add(hub.locations.get(sublayer, sublayer))
     factor: Any = config.reduction_factor
     if isinstance(factor, Mapping):
-        factors = {str(numbers[name].number): _plain(f) for name, f in factor.items() if name in numbers}
+        factors: dict[str, Any] = {}
+        for slot in slots:
+            own, number = _plain(config.factor(slot)), str(numbers[f"{slot.stack}.{slot.layer}"].number)
+            if factors.setdefault(number, own) != own:
+                raise unsaid("several reduction factors in one layer", slot.address)
         factor = factors | {"default": _plain(factor.get("default", 16))}
     else:
         factor = _plain(factor)
