@@ -257,6 +257,9 @@ class Describer:
         batch = self.batch
         heads = query[1] if len(query) > 3 else max(query[0] // batch, 1)
         kv_heads = key[1] if len(key) > 3 else max(key[0] // batch, 1)
+        if event.kind == "products" and event.scores is not None and len(query) > 3:
+            heads = event.scores[0]  # the axes of a product may stand in any order
+            kv_heads = heads if heads in key[1:-1] else kv_heads
         wide = query[-1]
         if k is not None:
             size = linear.shape(self.scene.modules[k])

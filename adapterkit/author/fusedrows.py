@@ -124,6 +124,8 @@ class Rows:
 def _by_head(tensor: Tensor, heads: int) -> Tensor:
     if tensor.dim() == 3:
         return tensor.unflatten(0, (-1, heads)) if tensor.shape[0] % heads == 0 else tensor[:, None]
+    if tensor.dim() == 4 and tensor.shape[2] == heads != tensor.shape[1]:  # (B, T, heads, E)
+        return tensor.transpose(1, 2)
     return tensor
 
 

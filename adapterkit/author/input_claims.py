@@ -153,12 +153,15 @@ def _aligned(trial: Trial, takes: set[str]) -> None:
         return
     known = {names.ids, names.embeds, names.mask, names.positions}
     for name in sorted(takes):
-        is_said = name in names.aligned
-        if name in known or not (is_said or name.endswith(("_ids", "_types"))):
+        is_said, given = name in names.aligned, trial.given(name)
+        is_given = given is not None and given.shape[:2] == shape and not given.is_floating_point()
+        if name in known or not (is_said or is_given or name.endswith(("_ids", "_types"))):
             continue
         if name.startswith(("encoder_", "decoder_")):
             continue
-        zeros = torch.zeros(shape, dtype=torch.long)
+        zeros = torch.zeros(given.shape if given is not None and is_given else shape, dtype=torch.long)
+        if not is_given and trial.run({name: zeros}) is None:  # boxes have four numbers
+            zeros = zeros[..., None].repeat(1, 1, 4)
         before, after = trial.run({name: zeros}), trial.run({name: zeros + 1})
         found = _enters(trial, before, after)
         text = (

@@ -136,16 +136,24 @@ def _ends(branch: BranchFacts) -> set[str]:
 
 
 def _named(seen: Seen, said: list[Block], layer: Call) -> None:
-    """Every linear map that a layer calls has a name, unless it belongs to a block that has one."""
+    """Every linear map that a layer calls has a name, unless it belongs to a block that has one.
+
+    What only decides which numbers are taken, as a choice of keys, is reached by no gradient and needs none.
+    """
     graph = seen.graph
+    behind = graph.closure(layer.outputs, lambda value: not graph.nodes[value].floating)
     known = {graph.paths.get(slot.path, slot.path) for block in said for slot in block.slots.values()}
-    whole = [block.path(word) for block in said for word in ("out", "own_adapter")]
+    mixers = [block for block in said if "core" in block.lacks]  # their matrices have names
+    whole = [block.path("out") for block in said if block not in mixers]
+    whole += [block.path("own_adapter") for block in said]
     known |= _left_out(seen, said, layer)
     text = "every linear map of a layer is named, as a role or under 'extra'"
     for call in graph.calls[layer.index + 1 :]:
         if call.start >= layer.end:
             break
         if call.path in known or any(path and _is_below(call.path, path) for path in whole):
+            continue
+        if call.gives is not None and call.gives not in behind:
             continue
         if call.is_leaf and call.weights and linear.shape(seen.module(call.path)) is not None:
             name = call.path.removeprefix(layer.path).strip(".")
@@ -230,7 +238,11 @@ def _mixer(seen: Seen, block: Block, facts: LayerFacts, left: list[BranchFacts])
     end = str(block.path("out"))
     found = [b for b in left if b.projection is not None and _is_below(b.projection.path, end)]
     text = f"{block.word}: what {end.rpartition('.')[2]} gives is added to the stream"
-    seen.judge(bool(found), block.loc, text, f"nothing of it is added in {facts.call.path}")
+    if seen.judge(bool(found), block.loc, text, f"nothing of it is added in {facts.call.path}"):
+        branch = BranchSeen(seen, block, found[0], facts.call)
+        _norm_before(branch)
+        _way_to_the_add(branch)
+        _called(branch)
     return [branch for branch in left if branch not in found[:1]]
 
 

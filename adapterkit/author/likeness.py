@@ -112,7 +112,12 @@ def _file(data: Words, name: str, difference: Words) -> Words:
     own = {key: data[key] for key in _OWN if key in data}
     base = registry.by_name(name)
     foreign = {"adapterhub": None} if base.adapterhub is not None else {}
-    return {**own, "like": name, **_short(difference), **foreign}
+    lacking = _difference(base.unsupported, data.get("unsupported", {}))
+    lacking = {
+        method: why for method, why in lacking.items() if why is None or method not in base.unsupported
+    }
+    cannot = {"unsupported": lacking} if lacking else {}
+    return {**own, "like": name, **_short(difference), **cannot, **foreign}
 
 
 def _short(value: Any) -> Any:

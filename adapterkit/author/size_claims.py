@@ -57,6 +57,8 @@ def _heads(seen: Seen, block: Block, facts: BranchFacts) -> None:
         kv_heads = core.kv_heads or kv_heads  # a layer may have more or fewer than the config says
     dims, _ = seen.info.head_dims.get(address, (None, None))
     said = {"heads": heads, "kv_heads": kv_heads, "head_dim": dims}
+    if core is not None and "prefix_tuning" not in seen.interface.unsupported:
+        said["value_dim"], observed["value_dim"] = core.value_dim or None, graph.nodes[event.value].shape[-1]
     for word, number in said.items():
         if number is None or word not in observed:
             continue

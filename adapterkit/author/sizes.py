@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.author.layers import BranchFacts, LayerFacts
+from adapterkit.errors import listing
 from adapterkit.model import linear
 from adapterkit.model.bind import usual_heads
 
@@ -44,7 +45,9 @@ def missing_sizes(
         if name is not None:
             found[word] = name
         elif not _fits(shown[word], rows["q" if word == "heads" else "k"]):
-            text = f"{word}: {count} here, which no field shows"
+            held = [n for n, value in vars(core).items() if type(value) is int and value == count > 1]
+            perhaps = f"; perhaps {listing(map(repr, held))}" if held else ""
+            text = f"{word}: {count} here, which no field shows{perhaps}"
             column.notes.gap((*column.loc, branch.kind, "sizes"), text)
     return found if any(found.get(word) and shown[word] != wanted[word] for word in wanted) else widths
 
