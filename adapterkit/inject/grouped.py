@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from adapterkit.runtime import Lanes
 
 T = torch.Tensor
 _KEPT = 8
+_LAST = "last"
+"""In the weights kept at a site: those that were used last, found without looking at all lanes."""
+_VERSION, _PLACE = attrgetter("_version"), torch.Tensor.data_ptr
 ROWS = "#rows.chosen"
 """In the flow: what was made of an index, so that it is made once for all sites."""
 
@@ -23,6 +27,8 @@ class Kept(NamedTuple):
 
     units: list[Any]
     """The units, without those of empty lanes."""
+    parameters: list[Any]
+    """Their parameters by name."""
     state: list[int]
     dropout: bool
     stacked: Stacked
@@ -33,7 +39,10 @@ def grouped(step: Lanes, out: T, x: Any, site: Any, index: Callable[[], tuple[T,
 
     Args: index: the lane of each example, and how many rows of `out` an example has.
     """
-    even = step.kind == "rows" and len(set(step.numbers)) == 1 and x.shape[0] % len(step.lanes) == 0
+    numbers = step.numbers
+    even = (
+        step.kind == "rows" and numbers.count(numbers[0]) == len(numbers) and x.shape[0] % len(numbers) == 0
+    )
     if not even and step.kind not in ("route", "tasks"):
         return None
     if x.shape[0] != out.shape[0] or torch.is_autocast_enabled(x.device.type):
@@ -46,18 +55,18 @@ def grouped(step: Lanes, out: T, x: Any, site: Any, index: Callable[[], tuple[T,
     x = x if x.dtype is dtype else x.to(dtype)
     if even:
         return lora_lanes.equal(out, x, unit, stacked)
-    rows = _rows(site, *index(), len(step.lanes), x.dtype)
+    rows = _rows(site, *index(), stacked)
     return lora_lanes.chosen(out, x, unit, stacked, rows)
 
 
 def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
     """Stacked weights: made anew where they are trained or compiled, else kept while they are the same."""
     compiling = torch.compiler.is_compiling()
-    known: Kept | None = None if compiling else site.stacked.get(step.lanes)
+    known = None if compiling else _known(site, step)
     if known is not None:
         first = known.units[0]
         trained = _trained(known.units)
-        if not trained and not (known.dropout and first.training) and _state(known.units) == known.state:
+        if not trained and not (known.dropout and first.training) and _state(known.parameters) == known.state:
             return first, known.stacked
     units = [_unit(site._modules, lane) for lane in step.lanes]
     real: list[Any] = [unit for unit in units if unit is not None]
@@ -73,9 +82,20 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
         made = lora_lanes.stack(units)
     if len(site.stacked) >= _KEPT:
         site.stacked.clear()
-    dropout = any([bool(unit.dropout) for unit in real])
-    site.stacked[step.lanes] = Kept(real, _state(real), dropout, made)
+    dropout, parameters = any([bool(unit.dropout) for unit in real]), [unit._parameters for unit in real]
+    site.stacked[step.lanes] = Kept(real, parameters, _state(parameters), dropout, made)
+    site.stacked.pop(_LAST, None)
     return real[0], made
+
+
+def _known(site: Any, step: Lanes) -> Kept | None:
+    last: tuple[Any, Kept] | None = site.stacked.get(_LAST)
+    if last is not None and last[0] is step.lanes:
+        return last[1]
+    found: Kept | None = site.stacked.get(step.lanes)
+    if found is not None:
+        site.stacked[_LAST] = (step.lanes, found)
+    return found
 
 
 def _unit(modules: Any, lane: Any) -> Any:
@@ -89,23 +109,27 @@ def _trained(units: list[Any]) -> bool:
     return torch.is_grad_enabled() and any([t.requires_grad for unit in units for t in (unit.A, unit.B)])
 
 
-def _state(units: list[Any]) -> list[int]:
+def _state(parameters: list[Any]) -> list[int]:
     """Changes whenever the weights of units do: a tensor that is moved keeps its version, one that is written
     to keeps its place.
     """
-    tensors = [unit._parameters[name] for unit in units for name in ("A", "B")]
-    return [t._version for t in tensors] + [t.data_ptr() for t in tensors]
+    tensors = [own["A"] for own in parameters] + [own["B"] for own in parameters]
+    return [*map(_VERSION, tensors), *map(_PLACE, tensors)]
 
 
-def _rows(site: Any, index: T, each: int, lanes: int, dtype: torch.dtype) -> Rows:
-    compiling = torch.compiler.is_compiling()
-    flow, sort = site.runtime.override.flow, (each, lanes, dtype)
-    known = None if compiling else flow.get(ROWS)
-    if known is not None and known[0] is index and known[1] == sort:
-        found: Rows = known[2]
-        return found
-    whole = index.repeat_interleave(each) if each > 1 else index
-    made = lora_lanes.rows_of(whole, lanes, dtype)
-    if not compiling:
-        flow[ROWS] = (index, sort, made)
-    return made
+def _rows(site: Any, index: T, each: int, stacked: Stacked) -> Rows:
+    lanes, _, rank = stacked.lanes_a.shape
+    if torch.compiler.is_compiling():
+        return _rows_of(index, each, stacked)
+    flow, sort = site.runtime.override.flow, (each, lanes, rank, stacked.a.dtype)
+    known = flow.get(ROWS)
+    if known is None or known[0] is not index:
+        known = flow[ROWS] = (index, {})
+    found: Rows | None = known[1].get(sort)
+    if found is None:
+        found = known[1][sort] = _rows_of(index, each, stacked)
+    return found
+
+
+def _rows_of(index: T, each: int, stacked: Stacked) -> Rows:
+    return lora_lanes.rows_of(index.repeat_interleave(each) if each > 1 else index, stacked)

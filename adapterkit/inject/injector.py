@@ -147,6 +147,7 @@ def inject(
             if module.training != host.training:
                 module.train(host.training)
             site._modules[key] = module
+            site.stacked.clear()  # an adapter of this name may have been there before
             _watch_gates(module, address.partition(":")[2] or address, runtime)
             done.hosts[path] = host
             done.entries.append((path, key))

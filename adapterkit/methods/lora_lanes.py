@@ -33,16 +33,17 @@ class Stacked(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which lane the examples take. Shapes: lane (B,), N for none; chosen (B, N, 1) of ones and zeros."""
+    """Which lane the examples take. Shapes: lane (B,), N for none; chosen (B, 1, N R) of ones and zeros."""
 
     lane: T
     chosen: T
 
 
-def rows_of(index: T, lanes: int, dtype: torch.dtype) -> Rows:
+def rows_of(index: T, stacked: Stacked) -> Rows:
     """From indices (B,) with -1 for none."""
-    chosen = index[:, None] == torch.arange(lanes, device=index.device)
-    return Rows(torch.where(index < 0, lanes, index), chosen.to(dtype)[..., None])
+    lanes, _, rank = stacked.lanes_a.shape
+    chosen = index[:, None] == torch.arange(lanes, device=index.device).repeat_interleave(rank)
+    return Rows(torch.where(index < 0, lanes, index), chosen.to(stacked.a.dtype)[:, None])
 
 
 def fit(units: Sequence[Any]) -> bool:
@@ -101,9 +102,8 @@ def chosen(out: T, x: T, unit: LoRA, stacked: Stacked, rows: Rows) -> T:
     count, width = x.shape[0], x.shape[-1]
     fresh = unit.rows is None and out.is_contiguous() and out.dtype == x.dtype
     if x.numel() <= WIDE_TOKENS * count * width:
-        n, _, rank = stacked.lanes_a.shape
-        low = F.linear(x.reshape(count, -1, 1, width), stacked.wide_a).view(count, -1, n, rank)
-        wide = (low * rows.chosen[:, None]).view(-1, n * rank)
+        wide = F.linear(x.reshape(count, -1, width), stacked.wide_a) * rows.chosen
+        wide = wide.view(-1, wide.shape[-1])
         if fresh:
             out.view(-1, out.shape[-1]).addmm_(wide, stacked.wide_b)
             return out

@@ -108,6 +108,27 @@ def test_kept_weights_are_those_of_the_adapters(change: str) -> None:
         assert change == "double" or not torch.allclose(found, before[index], atol=1e-4)
 
 
+def test_kept_weights_are_not_those_of_an_adapter_that_was_replaced() -> None:
+    model, kit, given = scene()
+
+    @torch.no_grad()
+    def states(setup: Setup, rows: Any = None) -> Tensor:
+        with kit.using(setup, rows=rows):
+            found: Tensor = model(**given).last_hidden_state
+        return found
+
+    for change in ("none", "replace", "detach"):
+        if change == "detach":
+            kit.detach("a")
+        if change != "none":
+            attach(model, METHODS[0], "a", seed=len(change), activate=False, replace=change == "replace")
+        a, b = states("a"), states("b")
+        found = states(ak.Route("a", "b"), ["b", None, "a"])[::2]
+        torch.testing.assert_close(found, torch.stack([b[0], a[2]]), rtol=1e-5, atol=1e-5)
+        found = states(ak.BatchSplit("a", "b", "a", batch_sizes=1))
+        torch.testing.assert_close(found, torch.stack([a[0], b[1], a[2]]), rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_reach_every_lane_in_eval_mode() -> None:
     """Weights that are kept would cut them off."""
     _, kit, given = scene()
