@@ -14,6 +14,9 @@ PASS = 12
 CACHED = 2**20
 """Up to so many numbers a matrix stays in the cache, where a pass over it costs next to nothing."""
 
+MANY = 2**16
+"""A number of tokens at which that of products counts, whatever the widths."""
+
 
 def norms(weight: torch.Tensor) -> torch.Tensor:
     """||W|| for each row, squared and rooted as in `norms_of_sum`, so that both have the same bits."""
@@ -48,7 +51,8 @@ def pays(unit: Any, x: torch.Tensor, host: nn.Module, rank: int, *tensors: Any, 
     if dropped or weight is None or x.numel() == 0 or not _fits((weight, *tensors), x):
         return False
     d_out, d_in = weight.shape
-    tokens = x.numel() // d_in
+    # a graph is for any number of tokens
+    tokens = MANY if torch.compiler.is_compiling() else x.numel() // d_in
     whole, apart = d_out * d_in, tokens * rank * (d_in + d_out)
     # where the norm is asked for, R products for each number of the sum are made either way
     made = (0 if whole <= CACHED else PASS) * whole if normed else (rank + PASS) * whole

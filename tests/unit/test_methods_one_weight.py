@@ -156,3 +156,24 @@ def test_a_row_of_zeros_has_no_direction_and_stays(name: str) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in unit.parameters())
     weight, bias = unit.merged(module.weight, module.bias)
     assert torch.equal(weight, module.weight) and torch.equal(bias, module.bias)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_graph_is_for_any_number_of_tokens(name: str) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.host = one.host()
+            self.unit = prepared(name, self.host)
+            self.shared = nn.ModuleList(getattr(self.unit, "owner", ()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.unit(None, x, self.host)
+            return found
+
+    both = Both().eval()
+    x = one.tokens().detach()
+    graph = torch.export.export(both, (x,), dynamic_shapes=({1: torch.export.Dim("T")},)).module()
+    for length in (2, 3, 200):
+        x = torch.randn(3, length, one.D_IN, dtype=torch.float64)
+        one.close(graph(x), expected(name, x, both.host, one.leaves(both.unit)))
