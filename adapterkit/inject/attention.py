@@ -209,7 +209,8 @@ def _causal(
         return key, value, prefix.unmasked(key.shape[2], torch.bool)
     # the prompt in a static cache: what lies behind it is still empty, and transformers cuts it off as well
     key, value, bias = key[:, :, :length], value[:, :, :length], given.get("position_bias")
-    if bias is None and prefix.visible is None:
+    # under autocast the queries and keys may be wider than the values, which this form of a mask refuses
+    if bias is None and prefix.visible is None and key.dtype == value.dtype:
         return key, value, causal_lower_right(length, prefix.length + length)
     if bias is not None:
         given["position_bias"] = bias[..., :length]

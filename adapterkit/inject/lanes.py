@@ -418,7 +418,7 @@ def _index(step: Lanes, value: T, host: Any) -> tuple[T, int]:
         message = f"{word} acts, but nothing says which adapter each example takes"
         expected = f"kit.using(..., {option}=...), or the column of the batch"
         raise CompositionError(Problem("no-rows", message, expected=expected))
-    given, known = value.shape[0], index.shape[0]
+    given, known = value.shape[0], index.shape[0] or 1  # an empty batch is one, too
     if given % known or (given != known and ENTERED not in override.flow and GENERATING not in override.flow):
         message = f"{site.key} is called with {given} rows, but {known} examples were named"
         raise CompositionError(Problem("batch-mismatch", message))

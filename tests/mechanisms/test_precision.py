@@ -35,6 +35,26 @@ def test_autocast(row: str, method: str) -> None:
         assert gradient is not None and gradient.dtype == torch.float32 and gradient.any(), key
 
 
+@pytest.mark.parametrize(
+    "setup", ["a", ak.Parallel("a", "b"), ak.BatchSplit("a", "b", batch_sizes=1)], ids=repr
+)
+@pytest.mark.parametrize("row", ROWS)
+def test_prefixes_under_autocast(row: str, setup: ak.composition.Setup) -> None:
+    """Without padding, where models give attention a flag in place of a mask."""
+    model, given = tiny.build(row), tiny.inputs(row, batch=2)
+    given = {name: value for name, value in given.items() if name != "attention_mask"}
+    attach(model, "prefix_tuning[prefix_length=4]", seed=1)
+    kit = attach(model, "lora", "b", seed=2, activate=False)
+    kit.activate(None)
+    bare = run(
+        model, {name: torch.cat([v, v]) for name, v in given.items()} if "Par" in repr(setup) else given
+    )
+    kit.activate(setup)
+    exact = run(model, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 0 < 2 * far(run(model, given), exact) < far(bare, exact)
+
+
 @pytest.mark.parametrize("dtype", ["float32", torch.float32])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("row", ROWS)
