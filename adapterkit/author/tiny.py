@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from adapterkit.spec.making import Tiny as Said
 PARAMETERS = 40_000_000
 """What is larger than this after shrinking is not built."""
 SPREAD, SHIFT = 0.15, 0.05
+_FACTORY = "let the function give the module and a dict of its inputs"
 
 
 class Tiny(NamedTuple):
@@ -223,12 +225,23 @@ def _made(source: str, seed: int, given: Mapping[str, Any] | None) -> Tiny:
         raise _refused(source, f"it cannot be imported: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = factory()
+        try:
+            made = factory()
+        except Exception as error:  # code of others
+            why = f"it is called without arguments, and raises {_told(error)}"
+            raise _refused(source, why, _FACTORY) from error
     model, inputs = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise _refused(source, f"it gives {type(model).__name__}, not a module")
     if inputs is not None:
-        return Tiny(model.eval(), {**inputs, **(given or {})})
+        if not isinstance(inputs, Mapping):
+            raise _refused(source, f"beside the module it gives {type(inputs).__name__}", _FACTORY)
+        found = Tiny(model.eval(), {**inputs, **(given or {})})
+        try:
+            drawing.run(*found)
+        except Exception as error:  # models raise anything on what does not fit
+            raise _refused(source, f"it does not run on its inputs: {_told(error)}", _FACTORY) from error
+        return found
     return _drawn(model, seed, given, source)
 
 
@@ -237,8 +250,13 @@ def _drawn(model: nn.Module, seed: int, given: Mapping[str, Any] | None, name: s
         return Tiny(model.eval(), drawing.draw(model, seed, given))
     except drawing.NotRunning as error:
         why = f"no inputs were found that it runs on: {_short(str(error))}"
-        hint = "let the function give the module and a dict of its inputs"
-        raise _refused(name, why, hint) from error
+        raise _refused(name, why, _FACTORY) from error
+
+
+def _told(error: Exception) -> str:
+    """An error of other code, and its line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {_short(str(error))} ({Path(place.filename).name}:{place.lineno})"
 
 
 def _short(text: str) -> str:

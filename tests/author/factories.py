@@ -33,3 +33,22 @@ def odd_with_inputs() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def no_module() -> int:
     return 3
+
+
+def fails() -> nn.Module:
+    raise RuntimeError("the weights are elsewhere")
+
+
+def asks(width: int) -> nn.Module:
+    return nn.Linear(width, 2)
+
+
+not_callable = 5
+
+
+def with_a_list() -> tuple[nn.Module, list[Tensor]]:
+    return Odd(), [torch.zeros(2, 11)]
+
+
+def with_wrong_inputs() -> tuple[nn.Module, dict[str, Tensor]]:
+    return Odd(), {"cables": torch.zeros(2, 11)}

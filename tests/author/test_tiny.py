@@ -150,3 +150,21 @@ def test_an_interface_says_what_sizes_do_not_show(monkeypatch: pytest.MonkeyPatc
     model, given = tiny.build("clip")
     assert (model.config.vision_config.patch_size, given["attention_mask"]) == (8, None)
     assert given["pixel_values"] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("fails", "RuntimeError: the weights are elsewhere (factories.py:"),
+        ("asks", "is called without arguments, and raises TypeError"),
+        ("not_callable", "'int' object is not callable"),
+        ("with_a_list", "beside the module it gives list"),
+        ("with_wrong_inputs", "does not run on its inputs: TypeError"),
+    ],
+)
+def test_a_function_that_gives_no_model_that_runs_is_told(name: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny.build(f"tests.author.factories:{name}")
+    assert caught.value.code == "no-such-model"
+    assert told in str(caught.value)
+    assert "a dict of its inputs" in str(caught.value)
