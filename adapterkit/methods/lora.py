@@ -158,12 +158,16 @@ class LoRA(Unit):
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
 
-    def low_rank(self, x: torch.Tensor) -> torch.Tensor:
-        """S (B A - B0 A0) x without the gate: (..., D_in) -> (..., D_out)."""
-        delta = F.linear(F.linear(x, self.A), self.B)
-        if self.A0 is not None and self.B0 is not None:
-            delta = delta - F.linear(F.linear(x, self.A0), self.B0)
-        return delta * self.scaling
+    def low_rank(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """S (B A - B0 A0) x, or with a gate in place of s: (..., D_in) -> (..., D_out)."""
+        factor = self.scaling if gate is None else gate
+
+        def update(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            low = F.linear(x, a)  # R numbers for a token, so that a factor is best put here
+            return F.linear(low if isinstance(factor, float) and factor == 1 else low * factor, b)
+
+        delta = update(self.A, self.B)
+        return delta if self.A0 is None or self.B0 is None else delta - update(self.A0, self.B0)
 
     def added(self, x: torch.Tensor) -> torch.Tensor:
         return self.low_rank(x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype))
@@ -179,7 +183,7 @@ class LoRA(Unit):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         if gate is not None:
-            return add_rows(out, self.low_rank(x) / self.scaling * gate, self.rows, self.in_place)
+            return add_rows(out, self.low_rank(x, gate), self.rows, self.in_place)
         if self.A0 is None and self.rows is None and self.in_place and out.is_contiguous():
             # (R, N): a product with few rows is faster than one with few columns
             low = self.A @ x.reshape(-1, x.shape[-1]).t()

@@ -49,8 +49,10 @@ def test_lora_that_computes_all_starts_as_the_module_wherever_the_rows_lie() -> 
 
 
 @HOSTS
-def test_lora_with_a_gate(module: nn.Module) -> None:
-    unit, x, other, t = prepare({"method": "lora", "r": R, "alpha": 5, "gating": True}, module)
+@pytest.mark.parametrize("alpha", [5, 0])
+def test_lora_with_a_gate(module: nn.Module, alpha: float) -> None:
+    """The gate is in place of the scale, whatever that is."""
+    unit, x, other, t = prepare({"method": "lora", "r": R, "alpha": alpha, "gating": True}, module)
     gate = (t["gate.weight"], t["gate.bias"])
     expected = lora.gated_lora_output(other, one.weight(module), module.bias, t["A"], t["B"], *gate)
     one.assert_same_function(module, unit, expected, x, other, t)
