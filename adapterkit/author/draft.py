@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from adapterkit.author import tiny
+from adapterkit.author.check import observe_claims
 from adapterkit.author.column import Column
 from adapterkit.author.columns import between, columns
 from adapterkit.author.describe import Notes, Scene, Words
 from adapterkit.author.lacks import by_trial, unsupported
 from adapterkit.author.likeness import shortened
 from adapterkit.author.observe import observe
+from adapterkit.author.scene import Scene as Trial
 from adapterkit.author.yamltext import written
 from adapterkit.errors import Problem, ResolveError, SpecError, listing
 from adapterkit.model.resolve import resolve
@@ -99,6 +101,8 @@ def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) 
         data |= {"heads": list(dict.fromkeys(heads))} if heads else {}
     data |= {"unsupported": lacking} if lacking else {}
     _verify(scene, found, data, notes)
+    if not notes.gaps:
+        _doubt(model, inputs, data, notes)
     near = shortened(model, data) if like and not notes.gaps else None
     if near is not None:
         name, data = near
@@ -107,6 +111,13 @@ def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) 
             ("like",), "it is known already" if known == name else f"nearest known interface: {name}"
         )
     return Draft(data, notes, model, inputs)
+
+
+def _doubt(model: nn.Module, inputs: Mapping[str, Any], data: Words, notes: Notes) -> None:
+    """What was found may still not be what the model does, as `check` sees it: that is said, too."""
+    for problem in observe_claims(registry.load(data), [Trial("the draft", model, inputs)]).problems:
+        words = tuple(word for word in problem.address.split(".") if not word.isdigit())
+        notes.remark(words, f"`check` refutes: {problem.message}; {problem.expected}")
 
 
 def _head(model: nn.Module) -> Words:

@@ -260,3 +260,36 @@ def test_a_prompt_is_tried_before_it_is_said_to_have_no_place(turned: Draft) -> 
     assert "turn is made for every position" in turned.data["unsupported"]["prompt_tuning"]
     # the same, made inside the layers: nothing is in its way
     assert "unsupported" not in drafted(Column(Attention(), Attention())).data
+
+
+class Skewed(nn.Module):
+    """Attention is made of one value of the stream and added to another: no word says that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, WIDTH)
+        self.layers = nn.ModuleList(SkewedLayer() for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class SkewedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.shift = Attention(), nn.Parameter(torch.ones(WIDTH))
+        self.first, self.second = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x) + self.shift.expand_as(x) + x
+        return x + self.second(self.first(x).relu())
+
+
+def test_a_draft_that_check_refutes_says_so() -> None:
+    found = drafting.of_model(Skewed().eval(), IDS, like=False)
+    told = "`check` refutes: attention is added to what it was made of"
+    assert [loc for loc, text in found.notes.remarks if told in text] == [("stacks", "encoder", "attention")]
+    assert f"# {told}" in found.text
