@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adapterkit.author import masks
+from adapterkit.author.beside import beside
 from adapterkit.author.describe import Describer, Notes, Scene, Words, arguments
 from adapterkit.author.graph import Call
 from adapterkit.author.kinds import kinds_of, share_norm
@@ -90,6 +91,11 @@ class Column:
         said |= embeddings | entry | reads
         said["layers"] = self.below(self._list_path()) if "*" not in self.facts.path else self._glob()
         said |= self._layers()
+        batch = beside(self.scene, self.facts, said)
+        if batch:  # in the order of the file
+            at = list(said).index("layers")
+            before, behind = list(said.items())[:at], list(said.items())[at:]
+            said = {**dict(before), "inputs": said.get("inputs", {}) | {"batch": batch}, **dict(behind)}
         said |= self._far_end()
         return said
 

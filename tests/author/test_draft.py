@@ -212,3 +212,12 @@ def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(ResolveError) as caught:
         drafting.of_model(plain, {"input": torch.zeros(2, 8)})
     assert caught.value.code == "nothing-to-draft"
+
+
+def test_a_draft_names_what_attention_is_called_with_beside_the_stream() -> None:
+    """Where a map inside treats all examples alike, its core is called for some of them."""
+    *_, found = judged("deberta")
+    written = registry.by_name("deberta").stacks["encoder"].inputs.batch
+    assert found.interface.stacks["encoder"].inputs.batch == written
+    *_, plain = judged("gpt2")
+    assert plain.interface.stacks["decoder"].inputs.batch == {}
