@@ -270,6 +270,8 @@ class Gate(nn.Module):
         """Where the scores are kept if someone asks for them, and under which name; set in a model."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)
         scores = torch.sigmoid(F.linear(x, self.weight, self.bias))
         gate = scores.mean(dim=1, keepdim=True) if scores.ndim > 2 else scores
         record = None if self.runtime is None else self.runtime.override.record

@@ -100,3 +100,37 @@ def test_a_model_that_is_cast_after_attach() -> None:
     assert far(run(model, given), exact) < 0.05
     model.double()
     assert run(model, given).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("own", "others"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora[gating=true]",
+        "ia3[gating=true]",
+        "double_seq_bn[use_gating=true]",
+        "adapterplus[reduction_factor=4]",
+        "compacter[phm_dim=2, reduction_factor=4]",
+        "invertible[coupling=glow]",
+        "prefix_tuning[use_gating=true, prefix_length=3]",
+        "prompt_tuning[prompt_length=3]",
+        "loreft",
+        "unipelt",
+    ],
+)
+@pytest.mark.parametrize("row", [ROWS[0], *(pytest.param(row, marks=pytest.mark.full) for row in ROWS[1:])])
+def test_a_type_of_their_own_is_that_of_float64_but_for_rounding(
+    row: str, method: str, own: str, others: str
+) -> None:
+    model, given = tiny.build(row, dtype=getattr(torch, others)), tiny.inputs(row)
+    twin = tiny.build(row, dtype=getattr(torch, others)).double()  # the same numbers, computed in float64
+    kit = attach(model, method, dtype=own)
+    same = attach(twin, method, dtype="float64")
+    with torch.no_grad():
+        for tensor, exact in zip(kit["a"].parameters(), same["a"].parameters(), strict=True):
+            exact.copy_(tensor)
+    found = run(model, given)
+    assert found.dtype == getattr(torch, others)
+    assert far(found, run(twin, given)) < 0.03
+    for key, gradient in gradients(model, given).items():
+        assert gradient is not None and gradient.dtype == getattr(torch, own), key
