@@ -89,6 +89,9 @@ def programs(
         else:
             field = _FIELDS[place.acts_on]
             program[field] = (*program.get(field, ()), *own)
+    for program in fields.values():
+        if program.keys() == {"composed", "outputs"}:
+            program["lone"] = _is_lone(program["outputs"])
     for path, key in compiler.joining():
         if fields.get(path) == {"outputs": (key,)}:
             fields[path]["joined"] = True
@@ -96,6 +99,14 @@ def programs(
     if batch is not None:
         fields.setdefault(entry.Top.key, {})["batch"] = batch
     return {path: Program(**program) for path, program in fields.items()}
+
+
+def _is_lone(outputs: tuple[Step, ...]) -> bool:
+    """Whether outputs are lanes alone that cut the batch, and all act at once."""
+    match outputs:
+        case (Lanes(kind="rows" | "route" | "tasks", block=0),):
+            return True
+    return False
 
 
 def _batch(setup: Setup) -> Batch | None:

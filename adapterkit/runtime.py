@@ -74,6 +74,8 @@ class Program(NamedTuple):
     """Key of a unit that sees the first argument before the host is called, outside what is checkpointed."""
     composed: bool = False
     """Whether there are lanes in it."""
+    lone: bool = False
+    """Whether all that is in it are lanes at the output, in which the batch is cut."""
     joined: bool = False
     """Whether its one unit computes the host as well."""
     batch: Batch | None = None

@@ -80,6 +80,11 @@ def outputs(steps: Sequence[Step], out: Any, x: Any, host: Any) -> Any:
     return out
 
 
+def lone(step: Any, out: Any, x: Any, host: Any) -> Any:
+    """The same for lanes alone."""
+    return with_first(out, _outputs(step, first(out), x, host))
+
+
 def narrowed(step: Lanes, host: Any) -> tuple[Step, ...] | None:
     """The lane of a block that alone runs here, None if all do; see apart.py."""
     if not step.block:

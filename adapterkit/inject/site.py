@@ -89,6 +89,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         for key in program.entry:
             args, kwargs = units[key](args, kwargs, self, site.runtime.override.flow)
         if program.composed:
+            if program.lone and len(args) == 1 and not kwargs:
+                return lanes.lone(program.outputs[0], original(self, args[0]), args[0], self)
             return _composed(original, program, self, args, kwargs)
         if program.instead is not None:
             return units[program.instead](*args, **kwargs)

@@ -12,8 +12,9 @@ from torch import nn
 from adapterkit.methods.lora import LoRA, add_rows
 
 T = torch.Tensor
-WIDE_TOKENS = 2
-"""Up to so many tokens for each example, all lanes at once cost less than the matrices of each example."""
+WIDE_TOKENS, WIDE_RANKS = 2, 32
+"""Up to so many tokens for each example, or ranks of all lanes together, all lanes at once cost less than the
+matrices of each example."""
 
 
 class Stacked(NamedTuple):
@@ -101,7 +102,7 @@ def chosen(out: T, x: T, unit: LoRA, stacked: Stacked, rows: Rows) -> T:
     """Examples that take any lane or none. Shapes: out (B, ..., D_out), x (B, ..., D_in)."""
     count, width = x.shape[0], x.shape[-1]
     fresh = unit.rows is None and out.is_contiguous() and out.dtype == x.dtype
-    if x.numel() <= WIDE_TOKENS * count * width:
+    if x.numel() <= WIDE_TOKENS * count * width or stacked.wide_a.shape[0] <= WIDE_RANKS:
         wide = F.linear(x.reshape(count, -1, width), stacked.wide_a) * rows.chosen
         wide = wide.view(-1, wide.shape[-1])
         if fresh:
