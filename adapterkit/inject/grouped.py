@@ -79,7 +79,7 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
         site.stacked.clear()
         return real[0], lora_lanes.stack(units)
     with torch.inference_mode(False), torch.no_grad():
-        made = lora_lanes.stack(units)
+        made = lora_lanes.stack(units, looked_at=True)
     if len(site.stacked) >= _KEPT:
         site.stacked.clear()
     dropout, parameters = any([bool(unit.dropout) for unit in real]), [unit._parameters for unit in real]
@@ -121,7 +121,7 @@ def _rows(site: Any, index: T, each: int, stacked: Stacked) -> Rows:
     lanes, _, rank = stacked.lanes_a.shape
     if torch.compiler.is_compiling():
         return _rows_of(index, each, stacked)
-    flow, sort = site.runtime.override.flow, (each, lanes, rank, stacked.a.dtype)
+    flow, sort = site.runtime.override.flow, (each, lanes, rank)
     known = flow.get(ROWS)
     if known is None or known[0] is not index:
         known = flow[ROWS] = (index, {})

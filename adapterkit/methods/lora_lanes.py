@@ -31,20 +31,25 @@ class Stacked(NamedTuple):
     lanes_b: T
     wide_a: T
     wide_b: T
+    finite: bool = True
+    """No lane has a B that would reach the examples of others as 0 * inf."""
 
 
 class Rows(NamedTuple):
-    """Which lane the examples take. Shapes: lane (B,), N for none; chosen (B, 1, N R) of ones and zeros."""
+    """Which lane the examples take, and which columns are those of other lanes.
+
+    Shapes: lane (B,), N for none; others (B, 1, N R).
+    """
 
     lane: T
-    chosen: T
+    others: T
 
 
 def rows_of(index: T, stacked: Stacked) -> Rows:
     """From indices (B,) with -1 for none."""
     lanes, _, rank = stacked.lanes_a.shape
-    chosen = index[:, None] == torch.arange(lanes, device=index.device).repeat_interleave(rank)
-    return Rows(torch.where(index < 0, lanes, index), chosen.to(stacked.a.dtype)[:, None])
+    others = index[:, None] != torch.arange(lanes, device=index.device).repeat_interleave(rank)
+    return Rows(torch.where(index < 0, lanes, index), others[:, None])
 
 
 def fit(units: Sequence[Any]) -> bool:
@@ -67,8 +72,11 @@ def fit(units: Sequence[Any]) -> bool:
     )
 
 
-def stack(units: Sequence[Any]) -> Stacked:
-    """The matrices of all lanes."""
+def stack(units: Sequence[Any], looked_at: bool = False) -> Stacked:
+    """The matrices of all lanes.
+
+    Args: looked_at: whether they are finite is seen, for which a device is waited for.
+    """
     real = [unit for unit in units if unit is not None]
     rank = max([unit.A.shape[0] for unit in real])
     none = real[0].A.new_zeros(rank, real[0].A.shape[1]), real[0].A.new_zeros(rank, real[0].B.shape[0])
@@ -76,7 +84,8 @@ def stack(units: Sequence[Any]) -> Stacked:
     n = len(units)
     a, b = torch.stack([a for a, _ in (*found, none)]), torch.stack([b for _, b in (*found, none)])
     turned = a.transpose(1, 2)
-    return Stacked(turned, b, turned[:n], b[:n], a[:n].flatten(0, 1), b[:n].flatten(0, 1))
+    finite = not looked_at or b.is_meta or bool(torch.isfinite(b).all())
+    return Stacked(turned, b, turned[:n], b[:n], a[:n].flatten(0, 1), b[:n].flatten(0, 1), finite)
 
 
 def _filled(unit: LoRA, rank: int) -> tuple[T, T]:
@@ -102,8 +111,10 @@ def chosen(out: T, x: T, unit: LoRA, stacked: Stacked, rows: Rows) -> T:
     """Examples that take any lane or none. Shapes: out (B, ..., D_out), x (B, ..., D_in)."""
     count, width = x.shape[0], x.shape[-1]
     fresh = unit.rows is None and out.is_contiguous() and out.dtype == x.dtype
-    if x.numel() <= WIDE_TOKENS * count * width or stacked.wide_a.shape[0] <= WIDE_RANKS:
-        wide = F.linear(x.reshape(count, -1, width), stacked.wide_a) * rows.chosen
+    few = x.numel() <= WIDE_TOKENS * count * width or stacked.wide_a.shape[0] <= WIDE_RANKS
+    if few and stacked.finite:
+        # filled, not multiplied: what overflows in another lane is no business of this one
+        wide = F.linear(x.reshape(count, -1, width), stacked.wide_a).masked_fill(rows.others, 0)
         wide = wide.view(-1, wide.shape[-1])
         if fresh:
             out.view(-1, out.shape[-1]).addmm_(wide, stacked.wide_b)

@@ -129,6 +129,23 @@ def test_kept_weights_are_not_those_of_an_adapter_that_was_replaced() -> None:
         torch.testing.assert_close(found, torch.stack([a[0], b[1], a[2]]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_an_adapter_that_has_diverged_is_the_trouble_of_its_own_examples(part: str, length: int) -> None:
+    model = tiny.build("llama")
+    for seed, name in enumerate("ab"):
+        kit = attach(model, "lora[r=4]", name, seed=seed, activate=False)
+    given = {key: value[:, :length] for key, value in tiny.inputs("llama", batch=3).items()}
+    with kit.using("a"):
+        alone = run(model, given).view(3, -1)
+    for key, tensor in kit["b"].state_dict().items():
+        if key.endswith(f".{part}"):
+            tensor.view(-1)[1] = torch.inf
+    routed = under(kit, given, ak.Route("a", "b"), {"rows": ["a", "b", "a"]}).view(3, -1)
+    assert torch.allclose(routed[[0, 2]], alone[[0, 2]], atol=1e-5)
+    assert routed[1].isnan().any()
+
+
 def test_gradients_reach_every_lane_in_eval_mode() -> None:
     """Weights that are kept would cut them off."""
     _, kit, given = scene()
