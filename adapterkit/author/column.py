@@ -218,10 +218,34 @@ class Column:
             found["ids"] = ids
         if "mask" in found and found.get("ids", "") is not None:
             found |= self._mask(module, ids or str(usual["ids"]))
-        if ids is not None:
-            return found
-        aligned = [name for name in _ALIGNED if name in taken]
+        # what is called as usual may be there for other models of the type
+        aligned = [] if ids is not None else [name for name in _ALIGNED if name in taken]
+        known = {str(found.get(word, name)) for word, name in usual.items()}
+        aligned += [
+            name
+            for name in self._beside_ids(module, str(found.get("ids", usual["ids"])))
+            if name not in {*known, *aligned}
+        ]
         return found | ({"aligned": aligned} if aligned else {})
+
+    def _beside_ids(self, module: nn.Module, ids: str) -> list[str]:
+        """Arguments with a whole number for every token that change what enters the layers, by trial."""
+        given, path = self._given(module), self.facts.layers[0].call.path
+        tokens = given.get(ids)
+        if tokens is None or tokens.ndim != 2:
+            return []
+
+        def entering(name: str, number: int) -> torch.Tensor | None:
+            arguments = {name: torch.full_like(given[name], number, dtype=torch.long)}
+            return masks.made(self.scene.model, self.scene.inputs, module, arguments, path, "given")
+
+        found = []
+        for name, value in given.items():
+            if name != ids and value.shape[:2] == tokens.shape and not value.is_floating_point():
+                before, after = entering(name, 0), entering(name, 1)
+                if before is not None and after is not None and not torch.equal(before, after):
+                    found.append(name)
+        return found
 
     def _mask(self, module: nn.Module, ids: str) -> Words:
         """The argument that hides tokens, by trial."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -73,9 +73,16 @@ def moved(states: torch.Tensor) -> torch.Tensor:
 
 
 def made(
-    model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module, arguments: Mapping[str, Any], layer: str
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    entry: nn.Module,
+    arguments: Mapping[str, Any],
+    layer: str,
+    end: Literal["gives", "given"] = "gives",
 ) -> torch.Tensor | None:
-    """What a layer makes (B, T, D) if the entry is called with other arguments; None if that does not run."""
+    """What a layer makes (B, T, D), or is given, if the entry is called with other arguments; None if that
+    does not run.
+    """
     names = names_of(entry)
 
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -86,8 +93,8 @@ def made(
     except Exception:  # models raise anything on what does not fit
         return None
     calls = seen.graph.calls_of(layer)
-    found = seen.tensors[calls[0].gives] if calls and calls[0].gives is not None else None
-    return None if found is None else joined(found)
+    node = getattr(calls[0], end) if calls else None
+    return None if node is None else joined(seen.tensors[node])
 
 
 def joined(states: torch.Tensor) -> torch.Tensor | None:
