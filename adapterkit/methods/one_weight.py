@@ -13,7 +13,8 @@ PASS = 12
 """A number that is written to memory and read again costs about as much as so many multiplications."""
 CACHED = 2**20
 """Up to so many numbers a matrix stays in the cache, where a pass over it costs next to nothing."""
-
+SMALL = 2**14
+"""Below so many numbers nothing is won that would be worth other last digits than beside other adapters."""
 MANY = 2**16
 """A number of tokens at which that of products counts, whatever the widths."""
 
@@ -51,6 +52,8 @@ def pays(unit: Any, x: torch.Tensor, host: nn.Module, rank: int, *tensors: Any, 
     if dropped or weight is None or x.numel() == 0 or not _fits((weight, *tensors), x):
         return False
     d_out, d_in = weight.shape
+    if weight.numel() < SMALL:
+        return False
     # a graph is for any number of tokens
     tokens = MANY if torch.compiler.is_compiling() else x.numel() // d_in
     whole, apart = d_out * d_in, tokens * rank * (d_in + d_out)

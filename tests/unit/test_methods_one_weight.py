@@ -31,6 +31,12 @@ AT_ONCE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small maps go the way of large ones."""
+    monkeypatch.setattr(one_weight, "SMALL", 0)
+
+
 def expected(name: str, x: Tensor, module: nn.Module, t: dict[str, Tensor]) -> Tensor:
     """By the papers, with the norm of DoRA as a constant (section 4.3)."""
     method = METHODS[name]
@@ -66,7 +72,7 @@ def test_host_and_unit_together(name: str, bias: bool, monkeypatch: pytest.Monke
     assert unit.joins
     merged, calls = type(unit).merged, []
     monkeypatch.setattr(type(unit), "merged", lambda *given: calls.append(1) or merged(*given))
-    monkeypatch.setattr(one_weight, "PASS", 0)  # small maps, as if they were large
+    monkeypatch.setattr(one_weight, "PASS", 0)
     # many tokens, so that products count
     x = torch.randn(4, 40, one.D_IN, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     copies = one.leaves(unit)
