@@ -106,6 +106,7 @@ def classes(model_type: str) -> Iterator[type[PreTrainedModel]]:
         for name in names
         if name not in OTHER_CLASSES and not name.endswith("PreTrainedModel")
         if isinstance(found := getattr(transformers, name, None), type) and issubclass(found, PreTrainedModel)
+        if found.forward is not PreTrainedModel.forward  # what other classes have in common
     ]
     yield from public or [tiny.class_of(tiny.config_of(model_type))]
 
