@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,13 +91,14 @@ def write_directory(
 
 
 @contextmanager
-def replaced(directory: Path, may_go: Callable[[Path], bool]) -> Iterator[Path]:
+def replaced(directory: Path, config: str, named: Callable[[Path], Iterable[str]]) -> Iterator[Path]:
     """A new directory to write into, which then stands at this place as a whole; or nothing has changed.
 
-    Args: may_go: whether what stands there is something of ours that can be replaced.
+    What stands there may go if it is empty, or holds a setup and nothing beside it.
+    Args: config: the file of a setup.  named: what is beside that file, by what it says.
     Raises: FileFormatError: there is something else at this place.
     """
-    if directory.exists() and not (directory.is_dir() and may_go(directory)):
+    if directory.exists() and not (directory.is_dir() and _may_go(directory, config, named)):
         message = "is there already, and no setup that could be replaced"
         raise FileFormatError(Problem("bad-file", message, file=str(directory)))
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -118,3 +119,10 @@ def replaced(directory: Path, may_go: Callable[[Path], bool]) -> Iterator[Path]:
 
 def to_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+
+def _may_go(directory: Path, config: str, named: Callable[[Path], Iterable[str]]) -> bool:
+    found = {path.name for path in directory.iterdir()}
+    if config not in found:
+        return not found
+    return found <= {config, *named(directory / config)}

@@ -65,19 +65,16 @@ def write(
         "shares": [list(group) for group in groups if len(group) > 1],
         "versions": {"adapterkit": __version__} | {p: installed(p) for p in ("torch", "transformers")},
     }
-    with replaced(directory, _may_go) as work:
+    with replaced(directory, CONFIG, _named) as work:
         for name in names(setup):
             native.write(work / name, adapters[name], blueprint, head)
         (work / CONFIG).write_text(to_json(data), encoding="utf-8")
     return directory
 
 
-def _may_go(directory: Path) -> bool:
-    """Whether a directory is empty, or holds a setup of ours and nothing beside it."""
-    found = {path.name for path in directory.iterdir()}
-    if CONFIG not in found:
-        return not found
-    return found <= {CONFIG, *names(_setup(directory / CONFIG, read_json(directory / CONFIG)))}
+def _named(file: Path) -> tuple[str, ...]:
+    """The directories beside the file of a setup."""
+    return names(_setup(file, read_json(file)))
 
 
 def read(directory: Path) -> Bundle:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +20,7 @@ from adapterkit.model.blueprint import Blueprint, Slot, StackInfo
 from adapterkit.model.branches import layer_slots
 from adapterkit.model.embeddings import embedding_slots
 from adapterkit.model.reading import read_stacks, sources
+from adapterkit.model.walk import join
 
 
 class PromptTuningConfig(MethodConfig):
@@ -157,25 +157,21 @@ def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
             ):
                 message = "positions are added outside the embeddings, so nothing can come in behind them"
                 raise PlanError(Problem("no-place-behind", message, address, "insert='embeds'"))
-            return replace(out, address=address, role="out", shape=shapes[stack])
+            return out.moved(address=address, role="out", shape=shapes[stack])
         if inner is not None:
-            return replace(table, address=address, role="tokens", shape=shapes[stack])
+            return table.moved(address=address, role="tokens", shape=shapes[stack])
     elif info.inputs.ids is None and out is not None:
-        return replace(out, address=address, role="out", shape=shapes[stack])
+        return out.moved(address=address, role="out", shape=shapes[stack])
     layers = [slot for slot in layer_slots(blueprint).values() if slot.stack == stack]
     layer = next(slot for slot in layers if slot.layer == 0)
     place = blueprint.places[f"{stack}.0.layer"]
-    return replace(place, address=address, role="layer", shape=layer.shape, layer=None, sublayer=None)
+    return place.moved(address=address, role="layer", shape=layer.shape, layer=None, sublayer=None)
 
 
 def _block(info: StackInfo, out: Slot) -> Slot | None:
     """The embeddings as one module, whose end is `out`; None if there is none."""
     path, _, _ = out.path.removeprefix(info.path).strip(".").rpartition(".")
-    return replace(out, path=_under(info.path, path), module=info.root.get_submodule(path)) if path else None
-
-
-def _under(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return out.moved(path=join(info.path, path), module=info.root.get_submodule(path)) if path else None
 
 
 def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> list[Helper]:

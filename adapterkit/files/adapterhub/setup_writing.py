@@ -77,7 +77,7 @@ def write(
     setup = bundle.setup if isinstance(bundle.setup, Block) else Stack(bundle.setup)
     reader.refuse([*_unsaid(bundle, shares), *_not_run(setup, adapters, blueprint)])
     contents = {}
-    with replaced(directory, _may_go) as work:
+    with replaced(directory, CONFIG, _named) as work:
         for name in names(setup):
             adapter = adapters[name]
             if isinstance(adapter.config, FusionConfig):
@@ -95,14 +95,10 @@ def write(
     return directory
 
 
-def _may_go(directory: Path) -> bool:
-    """Whether a directory is empty, or holds a setup of theirs and nothing beside it."""
-    found = {path.name for path in directory.iterdir()}
-    if CONFIG not in found:
-        return not found
-    setup = setup_in(read_json(directory / CONFIG), directory / CONFIG)
-    fused = {fusion.name_of(b.fused, b.name) for b in blocks(setup) if isinstance(b, Fuse)}
-    return found <= {CONFIG, *names(setup), *fused}
+def _named(file: Path) -> list[str]:
+    """The directories beside the file of a setup of theirs."""
+    setup = setup_in(read_json(file), file)
+    return [*names(setup), *(fusion.name_of(b.fused, b.name) for b in blocks(setup) if isinstance(b, Fuse))]
 
 
 def _spelled(setup: Setup) -> dict[str, Any]:
