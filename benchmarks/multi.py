@@ -6,7 +6,8 @@ A decoder with `layers x width`, LoRA of rank 8 on q and v or on all seven maps 
 as many examples of the batch.
 `one` is a single adapter for the whole batch, `groups` BatchSplit (what Parallel runs), `route` free rows in
 mixed order, `separate` one forward for each adapter. Prefill has 16 tokens for each example, decode one token
-behind a cache of 16. Reports medians of processor time, and medians of ratios round by round.
+behind a cache of 16. Reports medians of processor time (on a GPU, of the time until it is done), and medians
+of ratios round by round.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 import adapterkit as ak
 from benchmarks.measure import environment, interleaved, paired_ratio, show
+from benchmarks.spine import device, synchronised
 
 warnings.filterwarnings("ignore")
 LENGTH = 16
@@ -48,7 +50,7 @@ def bare(size: str) -> LlamaModel:
         intermediate_size=2 * width,
         vocab_size=1000,
     )
-    return LlamaModel(config).eval()
+    return LlamaModel(config).eval().to(device())
 
 
 def with_adapterkit(model: nn.Module, number: int, targets: str) -> ak.Kit:
@@ -95,7 +97,7 @@ def measure(
     size: str, number: int, batch: int, decode: bool, targets: str, rounds: int, repeat: int
 ) -> dict[str, object]:
     model = bare(size)
-    ids = torch.randint(0, 1000, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 1000, (batch, LENGTH), generator=torch.Generator().manual_seed(0)).to(device())
     names = [f"a{index}" for index in range(number)]
     mixed = [names[index % number] for index in range(batch)]
     each = batch // number
@@ -131,9 +133,11 @@ def measure(
 
     contestants["separate"] = separate
     contestants["peft"] = step(wrapped, ids, decode, adapter_names=mixed)
+    contestants = {name: synchronised(call) for name, call in contestants.items()}
     for call in contestants.values():
         call()
-    times = interleaved(contestants, rounds, repeat, clock=time.process_time)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    times = interleaved(contestants, rounds, repeat, clock=clock)
     found: dict[str, object] = {"size": size, "step": "decode" if decode else "prefill", "batch": batch}
     found |= {"targets": targets, "adapters": number}
     found |= {f"{name} ms": f"{time.median * 1e3:.2f}" for name, time in times.items()}
