@@ -277,12 +277,13 @@ class Column:
         names += [name for name in masks.optional(module) if name not in given]
         path = self.facts.layers[0].call.path
 
-        def run(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+        def run(mask: Mapping[str, Any], other: bool) -> torch.Tensor | None:
+            arguments = {**edits[other], **mask}
             made = masks.made(self.scene.model, self.scene.inputs, module, arguments, path)
             return None if made is None else part(made)
 
         for name in names:
-            value = masks.visible(run, name, shape, masks.kinds_of(given.get(name)), edits)
+            value = masks.visible(run, name, shape, masks.kinds_of(given.get(name)))
             if value is not None:
                 return {"mask": name} | ({} if value else {"mask_hides": True})
         return {}

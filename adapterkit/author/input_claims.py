@@ -34,6 +34,8 @@ def inputs(seen: Seen, scene: Scene) -> None:
         _ids(trial, str(names.ids))
     if names.mask in takes:
         mask_claims.mask(trial, str(names.mask))
+    else:
+        mask_claims.without(trial, ("inputs",), names.mask_hides)
     if names.positions in takes:
         _positions(trial, str(names.positions))
     if names.embeds in takes and names.ids in takes:

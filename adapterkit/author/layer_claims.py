@@ -74,10 +74,11 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> int:
     for block in said:
         own = block.path("own_adapter")
         if own is not None:
-            inside = [b for b in left if b.first and all(_is_below(one.path, own) for one in b.first)]
+            inside = _of_own_adapter(block, facts)
             left = [b for b in left if b not in inside]
             text = f"own_adapter: {own.rpartition('.')[2]} adds to the stream behind the residual add"
             seen.judge(bool(inside), block.at("own_adapter"), text, "it adds nothing to the stream")
+            _nothing_else(seen, block, own)
     for block in said:
         if "branch" in block.lacks:
             continue  # it is no summand of the stream by itself
@@ -122,6 +123,22 @@ def _layer(seen: Seen, said: list[Block], facts: LayerFacts) -> int:
             observed,
         )
     return len(left)
+
+
+def _of_own_adapter(block: Block, facts: LayerFacts) -> list[BranchFacts]:
+    """The branches that the model's own adapter adds."""
+    own = block.path("own_adapter")
+    found = (b for b in facts.branches if b.first) if own is not None else ()
+    return [b for b in found if all(_is_below(one.path, str(own)) for one in b.first)]
+
+
+def _nothing_else(seen: Seen, block: Block, own: str) -> None:
+    """What is silent with the model's own adapter is nothing that the sublayer names."""
+    named = {**block.slots, **block.places}
+    inside = [word for word, one in named.items() if word != "own_adapter" and _is_below(one.path, own)]
+    text = f"own_adapter: {own.rpartition('.')[2]} holds nothing else of the sublayer"
+    observed = f"{' and '.join(inside)} of it" if inside else ""
+    seen.judge(not inside, block.at("own_adapter"), text, observed, aspect="whole")
 
 
 def _convolves(seen: Seen, path: str) -> bool:
@@ -366,9 +383,19 @@ def _way_to_the_add(branch: BranchSeen) -> None:
     if said is not None:
         observed = f"{branch.rel(found.path)} does" if found else "the sum goes on as it is"
         branch.judge(found is not None and found.path == said, "norm.after_residual", text, observed)
-    elif found is not None and block.path("own_adapter") is None:
+    elif found is not None and _goes_on_behind(branch, found):
         text = "no norm stands behind the residual add"
         branch.judge(False, "norm.after_residual", text, f"{branch.rel(found.path)} normalises the sum")
+
+
+def _goes_on_behind(branch: BranchSeen, norm: Call) -> bool:
+    """Whether a norm of the sum is that of the sublayer: one that is called again behind the model's own
+    adapter, or there is none; else it is what that adapter reads.
+    """
+    facts = branch.seen.observation.layer(branch.layer)
+    own = _of_own_adapter(branch.block, facts)
+    again = [b.after_residual.path for b in own if b.after_residual is not None]
+    return branch.block.path("own_adapter") is None or norm.path in again
 
 
 def _last(branch: BranchSeen, word: str, what: str, found: list[str]) -> None:

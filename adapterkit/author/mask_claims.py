@@ -21,6 +21,14 @@ def mask(trial: Trial, name: str) -> None:
         _shows(trial, ("inputs",), name, names.mask_hides, _visible(trial, name))
 
 
+def without(trial: Trial, block: tuple[str, ...], hides: bool) -> None:
+    """Nothing is said of the ones of a mask that the entry does not take."""
+    if hides:
+        text = f"{block[0]}.mask_hides: ones of a mask hide"
+        kind = type(trial.place.module).__name__
+        trial.seen.refute((*trial.seen.loc, *block, "mask_hides"), text, f"{kind} takes none", aspect="value")
+
+
 def _shows(trial: Trial, block: tuple[str, ...], name: str, hides: bool, value: int | None) -> None:
     """What the ones of a mask do, if it was seen."""
     if value is None:
@@ -36,14 +44,21 @@ def _visible(trial: Trial, name: str) -> int | None:
     ids = trial.seen.info.inputs.ids or ""
     tokens = trial.given(ids)
     other = masks.edited(tokens) if tokens is not None and tokens.ndim == 2 else None
-    if tokens is None or other is None:
+    kinds, shape = masks.kinds_of(trial.given(name)), token_shape(trial)
+    if tokens is not None and other is not None:
+        edits = ({ids: tokens}, {ids: other})
+        return masks.visible(
+            lambda mask, changed: trial.made({**edits[changed], **mask}, masks.beside),
+            name,
+            (tokens.shape[0], tokens.shape[1]),
+            kinds,
+        )
+    if tokens is not None or shape is None:
         return None
-    return _value(trial, name, ({ids: tokens}, {ids: other}), tokens.shape, masks.beside)
-
-
-def _value(trial: Trial, name: str, edits: masks.Pair, shape: torch.Size, part: masks.Part) -> int | None:
-    kinds = masks.kinds_of(trial.given(name))
-    return masks.visible(lambda given: trial.made(given, part), name, (shape[0], shape[1]), kinds, edits)
+    # patches and frames are no ids: their states differ where they enter the layers
+    return masks.visible(
+        lambda mask, changed: trial.made(mask, masks.beside, moved=changed), name, shape, kinds
+    )
 
 
 def is_elsewhere(trial: Trial, usual: str, text: str) -> bool:
@@ -117,6 +132,7 @@ def read_mask(trial: Trial, takes: set[str]) -> None:
         return
     text = f"reads.mask: {reads.mask!r} hides states from cross-attention"
     if "mask" not in reads.model_fields_set and reads.mask not in takes:
+        without(trial, ("reads",), reads.mask_hides)
         return
     if reads.mask not in takes:
         seen.judge(False, loc, text, "the entry has no such argument")
@@ -144,7 +160,12 @@ def _visible_read(trial: Trial, name: str) -> int | None:
     if states is None or states.ndim != 3:
         return None
     edits = ({said: states}, {said: masks.moved(states)})
-    return _value(trial, name, edits, states.shape, lambda made: made)
+    return masks.visible(
+        lambda mask, changed: trial.made({**edits[changed], **mask}, lambda made: made),
+        name,
+        (states.shape[0], states.shape[1]),
+        masks.kinds_of(trial.given(name)),
+    )
 
 
 def _other_read_mask(trial: Trial, said: str) -> tuple[str, int] | None:

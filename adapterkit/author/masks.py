@@ -12,35 +12,32 @@ from torch import nn
 from adapterkit.author.observe import observe
 from adapterkit.methods.flow import base_forward
 
-Run = Callable[[Mapping[str, Any]], torch.Tensor | None]
-"""What a first layer makes (B, T, D) with these arguments of the entry; None if it does not run."""
-Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+Run = Callable[[Mapping[str, Any], bool], torch.Tensor | None]
+"""What a first layer makes (B, T, D) with these arguments of the entry; True: what they say, or the stream
+before that layer, differs at position T // 2. None if it does not run."""
 Part = Callable[[torch.Tensor], torch.Tensor]
 
 
-def visible(
-    run: Run, name: str, shape: tuple[int, int], kinds: Iterable[torch.dtype], edits: Pair
-) -> int | None:
+def visible(run: Run, name: str, shape: tuple[int, int], kinds: Iterable[torch.dtype]) -> int | None:
     """The value with which an argument lets tokens be seen, 1 or 0; None if it hides none.
 
     Args:
         run: see `Run`; positions that may change anyway are not among what it gives.
         shape: (B, T) of the mask.
         kinds: types that the argument may have, the likeliest first.
-        edits: two sets of arguments that differ at position T // 2 only.
     """
     for kind in kinds:
         for value in (1, 0):
             seen = torch.full(shape, value).to(kind)
             hidden = seen.clone()
             hidden[:, shape[1] // 2] = 1 - value
-            if _differ(run, edits, {name: seen}) and _differ(run, edits, {name: hidden}) is False:
+            if _differ(run, {name: seen}) and _differ(run, {name: hidden}) is False:
                 return value
     return None
 
 
-def _differ(run: Run, edits: Pair, mask: Mapping[str, Any]) -> bool | None:
-    before, after = (run({**edit, **mask}) for edit in edits)
+def _differ(run: Run, mask: Mapping[str, Any]) -> bool | None:
+    before, after = run(mask, False), run(mask, True)
     if before is None or after is None or before.shape != after.shape:
         return None
     return not torch.equal(before, after)

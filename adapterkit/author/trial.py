@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from adapterkit.author import masks
 from adapterkit.author.graph import Call
 from adapterkit.author.observe import Observation
+from adapterkit.author.recorder import Enter
 from adapterkit.author.scene import Scene
 from adapterkit.author.seen import Seen
 from adapterkit.model.blueprint import Slot
@@ -30,14 +32,21 @@ class Trial:
         value = self.entry.argument(name)
         return None if value is None else self.seen.observation.tensors[value]
 
-    def run(self, other: Mapping[str, Any]) -> Observation | None:
-        """The same forward with other arguments of the entry, None if it does not run."""
+    def run(self, other: Mapping[str, Any], *, moved: bool = False) -> Observation | None:
+        """The same forward with other arguments of the entry, None if it does not run.
+
+        Args: moved: the stream enters the first layer with other numbers at position T // 2.
+        """
 
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return (), {**dict(zip(self.names, args, strict=False)), **kwargs, **other}
 
-        key = (self.place.path, *((name, _content(value)) for name, value in sorted(other.items())))
-        return self.scene.once(key, lambda: self.scene.observe(enter={self.place.module: enter}))
+        changes: dict[nn.Module, Enter] = {self.place.module: enter}
+        first = self.seen.layers()[0][1].module
+        if moved and first is not self.place.module:
+            changes[first] = _with_other_stream
+        key = (self.place.path, moved, *((name, _content(value)) for name, value in sorted(other.items())))
+        return self.scene.once(key, lambda: self.scene.observe(enter=changes))
 
     def steers(
         self, before: Observation | None, after: Observation | None, *, words: str = "qkvo"
@@ -50,9 +59,9 @@ class Trial:
             return True
         return any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    def made(self, other: Mapping[str, Any], part: masks.Part) -> torch.Tensor | None:
-        """Part of what the first layer makes (B, T, D) with other arguments of the entry."""
-        found = self.run(other)
+    def made(self, other: Mapping[str, Any], part: masks.Part, *, moved: bool = False) -> torch.Tensor | None:
+        """Part of what the first layer makes (B, T, D) with other arguments of the entry, as `run` has it."""
+        found = self.run(other, moved=moved)
         _, place, _ = self.seen.layers()[0]
         calls = found.graph.calls_of(place.path) if found is not None else ()
         if found is None or not calls or calls[0].gives is None:
@@ -66,6 +75,19 @@ class Trial:
         picked = {"q": "query", "k": "key", "v": "value", "o": "out"}
         marks = [found.tensors[getattr(event, picked[word])] for event in events for word in words]
         return marks + [found.tensors[c.given] for c in layers[:1] if c.given is not None]
+
+
+def _with_other_stream(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a layer, the first floats of which are its stream."""
+    named = dict(enumerate(args)) | kwargs
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if value.ndim == 3:
+                named[name] = masks.moved(value)
+            break
+    return tuple(named[i] for i in range(len(args))), {name: named[name] for name in kwargs}
 
 
 def _content(value: Any) -> Any:
