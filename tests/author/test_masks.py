@@ -150,3 +150,20 @@ def test_a_table_of_segments_is_not_where_the_stream_begins() -> None:
     assert ak.check(data, make, methods=()).ok
     stack["embeddings"]["out"] = "side"
     assert [problem.code for problem in ak.check(data, make, methods=()).problems] == ["refuted"]
+
+
+def test_nothing_is_said_of_the_ones_of_a_mask_that_is_not_taken() -> None:
+    class Open(masked.Keeping):
+        def forward(self, words: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(words)
+
+    def make() -> tuple[nn.Module, dict[str, Tensor]]:
+        return Open(), {"words": masked.keeping()[1]["words"]}
+
+    data = ak.draft(Open(), inputs=make()[1]).data
+    (stack,) = data["stacks"].values()
+    assert stack["inputs"].pop("mask") is None
+    assert ak.check(data, make, methods=()).ok
+    stack["inputs"]["mask_hides"] = True
+    (problem,) = ak.check(data, make, methods=()).problems
+    assert (problem.address, problem.expected) == ("stacks.encoder.inputs.mask_hides", "Open takes none")

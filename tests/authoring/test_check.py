@@ -102,6 +102,40 @@ def test_nothing_else_than_the_sublayers_changes_the_stream(llama: str, tmp_path
     assert (problem.address, problem.expected) == ("stacks.decoder.aside", "nothing does")
 
 
+WRONG: dict[str, tuple[str, str, Any, str]] = {
+    # a row, the words, what is said there (None: nothing), what was observed
+    "ones of a mask of patches": ("vit", "encoder.inputs.mask_hides", True, "they show"),
+    "ones of no mask of states": ("whisper", "decoder.reads.mask_hides", True, "WhisperDecoder takes none"),
+    "a block around an own adapter": (
+        "xmod",
+        "encoder.mlp.any_of.0.own_adapter",
+        {"path": "output"},
+        "down and tail and norm.after_residual of it",
+    ),
+    "a norm that is called again behind an own adapter": (
+        "xmod",
+        "encoder.mlp.any_of.0.norm",
+        None,
+        "output.LayerNorm normalises the sum (layer encoder.layer.0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_else_is_wrong_is_refuted(name: str) -> None:
+    row, words, said, observed = WRONG[name]
+    data = registry.dump(interface(row))
+    *way, last = (int(word) if word.isdigit() else word for word in words.split("."))
+    place: Any = data["stacks"]
+    for word in way:
+        place = place[word]
+    place.pop(last, None)
+    if said is not None:
+        place[last] = said
+    found = observe_claims(ak.Interface.load(data), list(scenes(row, whole=False)))
+    assert observed in {problem.expected for problem in found.problems}
+
+
 def test_what_stands_between_is_told_from_what_was_forgotten() -> None:
     said = ak.Interface.load("llava")
     assert ak.check(said, "llava", methods=()).ok
