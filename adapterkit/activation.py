@@ -95,7 +95,7 @@ def programs(
     for path, key in compiler.joining():
         if fields.get(path) == {"outputs": (key,)}:
             fields[path]["joined"] = True
-    batch = _batch(setup)
+    batch = _batch(setup, adapters, blueprint)
     if batch is not None:
         fields.setdefault(entry.Top.key, {})["batch"] = batch
     return {path: Program(**program) for path, program in fields.items()}
@@ -109,12 +109,15 @@ def _is_lone(outputs: tuple[Step, ...]) -> bool:
     return False
 
 
-def _batch(setup: Setup) -> Batch | None:
+def _batch(setup: Setup, adapters: Mapping[str, Adapter], blueprint: Blueprint) -> Batch | None:
     """What a setup asks of the batch, None if nothing."""
     found = {type(block): len(block.children) for block in blocks(setup)}
     if not found.keys() & {Parallel, BatchSplit, Route, MultiTask}:
         return None
-    return Batch(copies(setup), examples(setup), found.get(Route, 0), found.get(MultiTask, 0))
+    slots = (slot for name in names(setup) for slot in adapters[name].plan.slots)
+    met = [blueprint.stacks.get(stack) for stack in {slot.stack for slot in slots}]
+    images = any(info is None or info.inputs.ids is None for info in met)
+    return Batch(copies(setup), examples(setup), found.get(Route, 0), found.get(MultiTask, 0), images)
 
 
 class _Compiler:

@@ -26,7 +26,7 @@ def generate(model: nn.Module, top: Top, args: tuple[Any, ...], kwargs: dict[str
         kwargs, args = {**kwargs, "inputs": args[0]}, args[1:]
     kwargs, rows, tasks = columns(batch, inputs, kwargs, override.rows, override.tasks)
     flow = override.flow
-    prepare(model, batch, inputs.examples((), kwargs), flow, rows, tasks)
+    prepare(model, batch, inputs.examples((), kwargs, batch.images), flow, rows, tasks)
     if batch.copies > 1:
         _, kwargs = inputs.repeated((), kwargs, batch.copies)
     prompt = (kwargs.pop("inputs"),) if "inputs" in kwargs else ()

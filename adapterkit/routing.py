@@ -30,16 +30,11 @@ def _index(setup: Setup | None, kind: type[Block], option: str, said: Any, devic
     if block is None:
         message = f"{option} are given, but there is no {kind.__name__} in {setup!r}"
         raise CompositionError(Problem("no-rows", message, option))
-    if isinstance(said, torch.Tensor):
-        if said.ndim != 1 or said.is_floating_point() or said.is_complex():
-            message = f"{option} are whole numbers (B,), not {said.dtype} {tuple(said.shape)}"
-            raise CompositionError(Problem("unknown-row", message, option))
-        numbers = said.tolist()
-    elif isinstance(said, str) or not isinstance(said, Sequence):
+    listed = _plain(said)
+    if isinstance(listed, str) or not isinstance(listed, Sequence):
         message = f"{option} are a list with one name for each example, or a tensor, not {said!r}"
         raise CompositionError(Problem("unknown-row", message, option))
-    else:
-        numbers = [_number(block, option, item) for item in said]
+    numbers = [_number(block, option, _plain(item)) for item in listed]
     count = len(block.children)
     lowest = -1 if kind is Route else 0
     wrong = [number for number in numbers if not lowest <= number < count]
@@ -48,6 +43,11 @@ def _index(setup: Setup | None, kind: type[Block], option: str, said: Any, devic
         expected = f"{lowest} to {count - 1}" + (", where -1 is none" if kind is Route else "")
         raise CompositionError(Problem("unknown-row", message, option, expected))
     return torch.tensor(numbers, dtype=torch.long, device=device)
+
+
+def _plain(said: Any) -> Any:
+    """Tensors and arrays, and the numbers that they hold, as Python's own."""
+    return said.tolist() if hasattr(said, "tolist") else said
 
 
 def _number(block: Block, option: str, item: Any) -> int:

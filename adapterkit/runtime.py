@@ -55,6 +55,8 @@ class Batch(NamedTuple):
     """Among how many lanes `rows` choose."""
     tasks: int = 0
     """Among how many lanes `task_ids` choose."""
+    images: bool = True
+    """Whether adapters act where images are read, say, so that each example has one."""
 
 
 class Program(NamedTuple):

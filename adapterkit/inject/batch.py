@@ -19,8 +19,13 @@ from adapterkit.runtime import Batch
 
 ROWS, TASKS = "adapter_rows", "task_ids"
 """Columns of a batch that are for us, not for the model."""
-_NOT_EXAMPLES = ("cache_position",)
+_NOT_EXAMPLES = ("cache_position", "logits_to_keep")
 _TARGETS = ("labels",)
+_IMAGES = ("pixel_values", "input_features", "input_values")
+"""What images, videos and sounds are called, or a part of that."""
+_COUNTS = ("num_items_in_batch",)
+"""How many labels a batch has, as the Trainer says it: of a batch that is repeated, so many more."""
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Inputs:
@@ -31,17 +36,27 @@ class Inputs:
         self.names = _parameters(type(model).forward)
         said = [info.inputs for info in blueprint.stacks.values()]
         mains = [name for inputs in said for name in (inputs.ids, inputs.embeds) if name]
-        mains += ["pixel_values", "input_features", "input_values", "decoder_input_ids", "inputs"]
+        mains += ["decoder_input_ids", "inputs"]
         self.mains = tuple(dict.fromkeys((str(getattr(model, "main_input_name", "input_ids")), *mains)))
+        self.tokens = {name for inputs in said if inputs.ids for name in _taken(inputs)}
+        """What stacks of tokens are called with."""
         self.axes = {name: axis for inputs in said for name, axis in inputs.batch.items()}
         """Where the batch is not the first axis."""
 
-    def examples(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
-        """Name of each main input that is given -> its number of examples."""
+    def examples(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], images: bool = True
+    ) -> dict[str, int]:
+        """Name of each main input that is given -> its number of examples.
+
+        Args: images: whether images and the like, of which an example may have any number beside its tokens,
+            are looked at where there are tokens.
+        """
         given: dict[str, Any] = {**dict(zip(self.names, args, strict=False)), **kwargs}
         for value in [value for value in given.values() if isinstance(value, Mapping)]:
             given = {**value, **given}  # a map of features
         found = {name: given[name] for name in self.mains if isinstance(given.get(name), torch.Tensor)}
+        if images or not found:
+            found |= {name: given[name] for name in given if _of_images(name, given[name])}
         if not found:
             found = {
                 name: value[0] if isinstance(value, tuple | list) else value
@@ -54,26 +69,38 @@ class Inputs:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], copies: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with every tensor that has a row for each example repeated: all for the first, ..."""
-        sizes = set(self.examples(args, kwargs).values())
+        found = self.examples(args, kwargs)
+        sizes, images = set(found.values()), not found.keys() <= {*self.mains}
         names = (*self.names, *[""] * len(args))
         new = tuple(
-            self._repeat(name, value, copies, sizes) for name, value in zip(names, args, strict=False)
+            self._repeat(name, value, copies, sizes, images) for name, value in zip(names, args, strict=False)
         )
-        return new, {name: self._repeat(name, value, copies, sizes) for name, value in kwargs.items()}
+        return new, {name: self._repeat(name, value, copies, sizes, images) for name, value in kwargs.items()}
 
-    def _repeat(self, name: str, value: Any, copies: int, sizes: set[int]) -> Any:
+    def _repeat(self, name: str, value: Any, copies: int, sizes: set[int], images: bool) -> Any:
+        if name in _COUNTS and value is not None:
+            return value * copies
         axis = {"none": -1, "second": 1}.get(self.axes.get(name, ""), 0)
 
         def repeat(tensor: torch.Tensor) -> torch.Tensor:
             if axis < 0 or tensor.ndim <= axis or name in _NOT_EXAMPLES:
                 return tensor
-            if tensor.shape[axis] not in sizes and name not in _TARGETS:
+            of_tokens = not images or name in self.tokens
+            if tensor.shape[axis] not in sizes and name not in _TARGETS and of_tokens:
                 return tensor  # one row for all examples
             counts = [1] * tensor.ndim
             counts[axis] = copies
             return tensor.repeat(counts)
 
         return mapped(value, repeat)
+
+
+def _taken(inputs: Any) -> tuple[str, ...]:
+    return tuple(filter(None, (inputs.ids, inputs.embeds, inputs.mask, inputs.positions, *inputs.aligned)))
+
+
+def _of_images(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and any(word in name for word in _IMAGES)
 
 
 @cache
@@ -110,7 +137,7 @@ def enter(
         message = "a cache holds the rows of one copy of the batch, but Parallel repeats it"
         expected = "kit.generate(...) in place of model.generate(...), or no cache"
         raise CompositionError(Problem("cached-parallel", message, expected=expected))
-    found = inputs.examples(args, kwargs)
+    found = inputs.examples(args, kwargs, batch.images)
     prepare(model, batch, found, flow, rows, tasks)
     if batch.copies > 1 and not found:
         message = "no argument shows how many examples there are, so that Parallel cannot repeat them"
@@ -170,7 +197,7 @@ def prepare(
 
 
 def _check_index(model: nn.Module, index: Any, lanes_: int, found: Mapping[str, int], option: str) -> None:
-    if not isinstance(index, torch.Tensor) or index.ndim != 1 or index.is_floating_point():
+    if not isinstance(index, torch.Tensor) or index.ndim != 1 or index.dtype not in _WHOLE:
         message = f"{option} are whole numbers, one for each example"
         raise CompositionError(Problem("unknown-row", message, expected="a tensor (B,) of int64"))
     for name, number in found.items():

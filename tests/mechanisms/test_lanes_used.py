@@ -15,6 +15,7 @@ from adapterkit.composition import Setup
 from adapterkit.errors import CompositionError
 from tests.mechanisms.scene import attach
 from tests.models import tiny
+from tests.models.further import build
 from tests.unit.kit_scene import refused
 
 NEW = 5
@@ -223,8 +224,74 @@ def test_the_column_is_what_using_says() -> None:
         refused(CompositionError, "unknown-row", model, **given, adapter_rows=torch.tensor([2, 0, 0]))
         refused(CompositionError, "batch-mismatch", model, **given, adapter_rows=torch.tensor([0, 0]))
         refused(CompositionError, "unknown-row", model, **given, adapter_rows=["a", "b", "a"])
+        refused(CompositionError, "unknown-row", model, **given, adapter_rows=torch.tensor([True] * 3))
         with kit.using(ak.Route("a", "b"), rows=["b", None, "a"]):
             assert torch.equal(tiny.output(model(**given)), found)
         for setup in ("a", ak.Parallel("a", "b"), None):
             kit.activate(setup)
             refused(CompositionError, "no-rows", model, **given, adapter_rows=torch.tensor([1, 0, 0]))
+
+
+# ------------------------------------------------------------------------------- what a model is called with
+
+
+def test_a_loss_over_the_labels_that_the_trainer_has_counted() -> None:
+    """Parallel repeats the labels, so that there are as many more of them; the loss stays the mean."""
+    model, kit, given = scene("llama")
+    given |= {"labels": given["input_ids"], "num_items_in_batch": torch.tensor(17)}
+    with torch.no_grad():
+        loss = {}
+        for name in "abc":
+            with kit.using(name):
+                loss[name] = model(**given).loss
+        with kit.using(ak.Parallel("a", "b", "c")):
+            torch.testing.assert_close(model(**given).loss, sum(loss.values()) / 3)
+
+
+@pytest.mark.parametrize("kept", [[3], [1, 4, 6]], ids=str)
+def test_positions_that_are_kept_are_no_examples(kept: list[int]) -> None:
+    model, kit, given = scene("llama")
+    size = len(kept)
+    given = {key: value[:size] for key, value in given.items()}
+    with torch.no_grad():
+        with kit.using(ak.Parallel("a", "b")):
+            whole = model(**given).logits
+            found = model(**given, logits_to_keep=torch.tensor(kept)).logits
+    torch.testing.assert_close(found, whole[:, kept], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava"])
+def test_examples_with_any_number_of_images(model_type: str) -> None:
+    """Images of all examples stand one after another; who has which, the tokens say."""
+    model, given = build(model_type)
+    for seed, name in enumerate("ab"):
+        kit = attach(model.requires_grad_(False), "lora[r=4]", name, seed=seed, activate=False)
+    token = model.config.image_token_id
+    ids = torch.cat([given["input_ids"]] * 2, dim=1)  # each with two images
+    plain = int(ids[ids != token][0])
+    ids[1, ids.shape[1] // 2 :] = plain  # and one with its first alone
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | {
+        key: torch.cat([value, value[: len(value) // 2] * 0.5 if value.is_floating_point() else value[:1]])
+        for key, value in given.items()
+        if key in ("pixel_values", "image_grid_thw")
+    }
+    if "image_grid_thw" in given:
+        given["mm_token_type_ids"] = (ids == token).long()
+
+    def run(setup: Setup | None, **more: Any) -> Tensor:
+        with torch.no_grad(), kit.using(setup, **more):
+            found: Tensor = model(**given).last_hidden_state
+        return found
+
+    a, b, none = run("a"), run("b"), run(None)
+    assert not torch.allclose(a, b, atol=1e-2)
+    for setup, more, expected in (
+        (ak.Route("a", "b"), {"rows": ["b", None]}, [b[:1], none[1:]]),
+        (ak.MultiTask("a", "b"), {"task_ids": [1, 0]}, [b[:1], a[1:]]),
+        (ak.BatchSplit("a", "b", batch_sizes=1), {}, [a[:1], b[1:]]),
+        (ak.Parallel("a", "b"), {}, [a, b]),
+    ):
+        torch.testing.assert_close(run(setup, **more), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    kit.attach("lora[targets=[vision/vision.0.mlp.up]]", name="c", activate=False)
+    code = "no-batch-axis" if model_type == "qwen2_vl" else "batch-mismatch"
+    refused(CompositionError, code, run, ak.Route("a", "c"), rows=["c", "a"])
