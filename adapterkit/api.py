@@ -117,8 +117,12 @@ def load(
 ) -> Kit:
     """Add the adapters of a directory or hub id: native, AdapterHub or PEFT files, or a full checkpoint.
 
-    Args: as `attach`; revision, local_files_only: for hub ids; allow_bin: read torch files, with
-        `weights_only=True`.
+    Args:
+        source: a directory, a checkpoint directory of the model, or a hub id.
+        name: of the adapter here; default: the one in the file.
+        interface, activate, trainable, head: as for `attach`.
+        revision, local_files_only: for hub ids.
+        allow_bin: read torch files too, with `weights_only=True`.
     Raises: FileFormatError: unknown or missing tensors, other shapes, a newer format, a head that does not
         fit; the model is as before then.
     """

@@ -354,7 +354,7 @@ class Kit(Named):
 
     @contextmanager
     def record(self) -> Iterator[Record]:
-        """Keep fusion attentions of the forward passes in this thread and block."""
+        """Keep scores of gates and attentions of fusions of the forward passes in this thread and block."""
         override = self._runtime.override
         before, override.record = override.record, Record()
         try:

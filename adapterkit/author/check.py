@@ -39,9 +39,11 @@ class Report:
 
     @property
     def unseen(self) -> tuple[Claim, ...]:
+        """Claims that no model showed, and none refuted."""
         return tuple(claim for claim in self.claims if claim.verdict == "unseen")
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
         return {
             "ok": self.ok,
             "interface": self.interface,
@@ -58,6 +60,7 @@ class Report:
         return "\n".join([*lines, *map(str, self.problems), self.summary()])
 
     def summary(self) -> str:
+        """One line: how many claims hold, what was proved, what is refused."""
         held = sum(claim.verdict == "holds" for claim in self.claims)
         proved = sum(verdict.state == "proved" for verdict in self.methods)
         refused = [verdict.method for verdict in self.methods if verdict.state == "refused"]

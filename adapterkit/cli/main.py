@@ -106,7 +106,10 @@ def check(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Also resolve on this model (as for `show`), without its weights."
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Also resolve on this model (as for `show`), without its weights.",
         ),
     ] = None,
     forward: Annotated[

@@ -7,6 +7,7 @@
 ```{families}                   shipped interfaces and their model types
 ```{matrix}                     families x methods, as `adapterkit list` knows them
 ```{blocks}                     methods x blocks of a setup, as `kit.activate` knows them
+```{commands}                   commands and their options, from the command line itself
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from transformers import AutoConfig, AutoModel
+from typer.main import get_command
 
 from adapterkit.api import attach
 from adapterkit.cli.families import ROWLESS, no_parallel, refusal, rowless
+from adapterkit.cli.main import app as cli
 from adapterkit.composition import (
     Average,
     BatchSplit,
@@ -94,8 +97,9 @@ def shown(annotation: Any) -> str:
         float: "number",
         bool: "`true` or `false`",
         type(None): "reserved",
+        Any: "any value",
     }
-    return plain.get(annotation, str(annotation))
+    return plain[annotation]
 
 
 def meaning(field: FieldInfo) -> str:
@@ -263,6 +267,26 @@ def blocks() -> str:
     return table(("method", *BLOCKS), iter(rows))
 
 
+def commands() -> str:
+    """Every command with what it takes, as `--help` says it."""
+    text = []
+    for name, command in get_command(cli).commands.items():
+        takes: list[tuple[str, str]] = []
+        usage = [f"adapterkit {name}"]
+        for one in command.params:
+            value = one.metavar or "N"
+            if one.param_type_name == "argument":
+                usage.append(value.strip("{}"))
+                takes.append((f"`{usage[-1]}`", one.help))
+            else:
+                flags = ", ".join(f"`{flag}`" for flag in (*one.opts, *one.secondary_opts))
+                takes.append((flags if one.is_flag else f"{flags} `{value}`", one.help))
+        head = ("argument", "meaning")
+        text += [f"## {name}", command.help, f"```text\n{' '.join(usage)}\n```"]
+        text += [table(head, iter(takes))] if takes else []
+    return "\n\n".join(text)
+
+
 class Generated(SphinxDirective):
     """A directive whose text a function writes."""
 
@@ -281,6 +305,7 @@ MAKERS: dict[str, Any] = {
     "families": families,
     "matrix": matrix,
     "blocks": blocks,
+    "commands": commands,
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import adapterkit as ak
 from adapterkit.methods.names import METHODS, PRESETS
 from adapterkit.spec import registry
 from tests.docs.codes import collect
@@ -95,6 +96,16 @@ def test_explanations_say_something() -> None:
     text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     short = [code for code in explained() if len(text.split(f"### {code}\n")[1].split("\n#")[0].split()) < 8]
     assert short == []
+
+
+# -------------------------------------------------------------------------------------------------- API
+
+
+def test_everything_public_has_a_place_in_the_reference() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", text, re.MULTILINE))
+    public = {"adapterkit.errors" if name == "errors" else name for name in ak.__all__}
+    assert sorted(public - {"__version__"} - told) == []
 
 
 # ----------------------------------------------------------------------------------------------- README
