@@ -149,6 +149,7 @@ def measure(
         ("peft", "route"),
     ):
         found[f"{name}/{other}"] = f"{paired_ratio(times[name], times[other])[1]:.2f}"
+    print(*found.values(), flush=True)  # a run that is cut short has told what it knows
     return found
 
 

@@ -96,12 +96,13 @@ class _View:
 
 
 def _config(self: Any) -> Any:
-    found = self.__dict__["config"]
+    # kept at the site as well: compilers before torch 2.13 take `self.__dict__["config"]` for this property
+    found = self.adapterkit.host_config
     return found if current(self) is None else _View(found)
 
 
 def _set_config(self: Any, value: Any) -> None:
-    self.__dict__["config"] = value
+    self.__dict__["config"] = self.adapterkit.__dict__["host_config"] = value
 
 
 # ----------------------------------------------------------------------------------------------- the forward

@@ -32,11 +32,13 @@ class Site(nn.Module):
     program: Program | None
     stacked: dict[Any, Any]
     """Weights of several units put together, kept as long as these are the same; see grouped.py."""
+    host_config: Any
+    """The config of a host that computes attention; see attention.py."""
 
     def __init__(self, key: str, runtime: Runtime) -> None:
         super().__init__()
         # at once: `nn.Module` would look at each of them for what it may be
-        self.__dict__.update(key=key, runtime=runtime, program=None, stacked={})
+        self.__dict__.update(key=key, runtime=runtime, program=None, stacked={}, host_config=None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stacked": {}}
@@ -229,6 +231,7 @@ def open_site(
     elif kernel is not None or eager is not None or bias is not None:
         cls = base_class(module)
         _become(module, adapted(cls, kernel, eager, bias))
+    site.__dict__["host_config"] = module.__dict__.get("config")
     return site
 
 

@@ -173,11 +173,10 @@ def test_the_trainer_learns_what_it_learns_on_the_cpu(row: str, tmp_path: Path) 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt.*:UserWarning")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_weights_on_the_gpu(kind: str) -> None:
-    model, plain = test_quantised.built(kind)
+    model, plain = test_quantised.built(kind, "cuda")
     given = moved(tiny.inputs("llama"))
     for own in (model, plain):
         attach(own, "lora[targets=all]")
-        own.cuda()
     tolerance = 0.05 if kind == "int8" else 2e-3
     expected = run(plain, given)
     assert test_quantised.far(run(model, given), expected) < tolerance

@@ -21,8 +21,8 @@ pytestmark = [
 ]
 
 
-def quantise(model: nn.Module, kind: str) -> None:
-    """Every Linear in the layers, in place."""
+def quantise(model: nn.Module, kind: str, device: str = "cpu") -> None:
+    """Every Linear in the layers, in place; the library packs the numbers for the device they are on."""
     if kind == "torchao":
         quantization = pytest.importorskip("torchao.quantization")
         config = quantization.Int8WeightOnlyConfig()
@@ -32,7 +32,7 @@ def quantise(model: nn.Module, kind: str) -> None:
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if type(module) is nn.Linear:
-                setattr(parent, name, _bitsandbytes(bnb.nn, module, kind))
+                setattr(parent, name, _bitsandbytes(bnb.nn, module, kind).to(device))
 
 
 def _bitsandbytes(library: object, module: nn.Linear, kind: str) -> nn.Module:
@@ -43,7 +43,7 @@ def _bitsandbytes(library: object, module: nn.Linear, kind: str) -> nn.Module:
     else:
         found = library.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
         found.weight = library.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    return found.to("cpu")
+    return found
 
 
 def dequantised(module: nn.Module, kind: str) -> Tensor:
@@ -56,10 +56,10 @@ def dequantised(module: nn.Module, kind: str) -> Tensor:
     return module.weight.data * module.weight.SCB[:, None] / 127
 
 
-def built(kind: str) -> tuple[nn.Module, nn.Module]:
+def built(kind: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
     """A quantised model, and a plain one with the matrices that its Linears stand for."""
-    model, plain = tiny.build("llama", **SIZES), tiny.build("llama", **SIZES)
-    quantise(model, kind)
+    model, plain = (tiny.build("llama", **SIZES).to(device) for _ in range(2))
+    quantise(model, kind, device)
     for path, module in plain.named_modules():
         if isinstance(module, nn.Linear):
             found = model.get_submodule(path)
