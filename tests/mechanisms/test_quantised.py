@@ -36,7 +36,7 @@ def quantise(model: nn.Module, kind: str, device: str = "cpu") -> None:
 
 
 def _bitsandbytes(library: object, module: nn.Linear, kind: str) -> nn.Module:
-    sizes, weight = (module.in_features, module.out_features), module.weight.data
+    sizes, weight = (module.in_features, module.out_features), module.weight.data.cpu()
     if kind == "nf4":
         found = library.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
         found.weight = library.Params4bit(weight, requires_grad=False, quant_type="nf4")
