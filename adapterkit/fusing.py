@@ -25,7 +25,7 @@ def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> F
         message = f"there is no fusion config {config!r}"
         raise ConfigError(Problem("unknown-method", message, "config", f"one of {listing(PRESETS)}", hint))
     options = PRESETS[config] if isinstance(config, str) else dict(config)
-    places = _common(adapters)
+    places = _all(adapters) if options.get("partial") else _common(adapters)
     if not places:
         names = listing(adapter.name for adapter in adapters)
         message = f"{names} have no place in common at which they could be fused"
@@ -66,6 +66,10 @@ def _common(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     return tuple(place for place in first if all(place in other for other in others))
 
 
+def _all(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(place for adapter in adapters for place in _units(adapter)))
+
+
 def _left_out(adapter: Adapter, places: Sequence[str]) -> list[Problem]:
     """Units of an adapter that would silently not act in a fusion at these places."""
     fused = {address for place, address in _units(adapter).items() if place in places}
@@ -73,7 +77,7 @@ def _left_out(adapter: Adapter, places: Sequence[str]) -> list[Problem]:
     if not rest:
         return []
     message = f"{adapter.name!r} also acts where there is no fusion: {listing(rest)}"
-    expected = "the same places for all and nothing else; Stack('x', Fuse(...)) for the rest"
+    expected = "the same places for all and nothing else, partial=True, or Stack('x', Fuse(...)) for the rest"
     return [Problem("not-fused", message, adapter.name, expected)]
 
 
@@ -103,7 +107,8 @@ def refuse_used(name: str, adapters: Mapping[str, Adapter], verb: str) -> None:
 def connect(fusion: Adapter, adapters: Mapping[str, Adapter]) -> None:
     """Tell the units of a fusion where those of its children are.
 
-    Raises: PlanError: a child is missing, or has no unit at a branch; all have one where there is no fusion.
+    Raises: PlanError: a child is missing, or has no unit at a place though the fusion is not partial; all
+        have one where there is no fusion.
     """
     if not isinstance(fusion.config, FusionConfig):
         return
@@ -115,6 +120,8 @@ def connect(fusion: Adapter, adapters: Mapping[str, Adapter]) -> None:
             address = (
                 None if own is None else _units(own).get(unit.address) if isinstance(unit, Fusion) else None
             )
+            if own is not None and address is None and fusion.config.partial:
+                continue
             if own is None or address is None:
                 message = f"fused adapter {child!r} is not attached at this place"
                 problems.append(Problem("no-such-adapter", message, str(getattr(unit, "address", ""))))

@@ -30,6 +30,9 @@ class FusionConfig(MethodConfig):
     places: tuple[str, ...] = Field(
         default=(), description="branches and linear maps at which all of them have a unit"
     )
+    partial: bool = Field(
+        default=False, description="also fuse where some of them have no unit, over those that have one"
+    )
     query: bool = Field(default=True, description="project what the adapters read")
     key: bool = Field(default=True, description="project the outputs of the adapters for the scores")
     value: bool = Field(default=True, description="project the outputs of the adapters that are added up")
@@ -88,7 +91,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 Children = Sequence[Sequence[str]]
-"""Keys of units at one site: of each child the one that is fused, behind those that act before it."""
+"""Keys of units at one site: of each child the one that is fused, behind those that act before it. A child
+that has none is left out."""
 
 
 class Fusion(Unmergeable):
@@ -171,10 +175,10 @@ class BranchFusion(Fusion):
 
     def fused(self, out: Any, x: Any, host: nn.Module, children: Children) -> Any:
         flow = flow_of(host)
-        if not flow.get(f"{self.address}!"):
-            return out
         site: Any = host.adapterkit
-        units: list[list[Bottleneck]] = [[site._modules[key] for key in keys] for keys in children]
+        units: list[list[Bottleneck]] = [[site._modules[key] for key in keys] for keys in children if keys]
+        if not units or not flow.get(f"{self.address}!"):
+            return out
         marks = [f"{self.address}{mark}" for mark in "=?^"]
         left = {mark: flow[mark] for mark in marks if mark in flow}  # by adapters before the fusion
         last = units[-1][-1]
@@ -225,7 +229,9 @@ class UpdateFusion(Fusion):
 
     def fused(self, out: torch.Tensor, x: torch.Tensor, host: nn.Module, children: Children) -> torch.Tensor:
         site: Any = host.adapterkit
-        units: list[list[Unit]] = [[site._modules[key] for key in keys] for keys in children]
+        units: list[list[Unit]] = [[site._modules[key] for key in keys] for keys in children if keys]
+        if not units:
+            return out
         outputs = []
         for first, *others in units:
             given = first.added(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,21 @@ CONFIGS: list[Any] = [
     "static",
     {"query_before_ln": True, "residual_before": True},
     {"adds_stream": True},
+    {"partial": True},
 ]
 
 
-def fused(model: nn.Module, options: dict[str, Any], config: Any = "dynamic", names: str = "ab") -> ak.Kit:
-    """Adapters a, b, ... and their fusion, all moved away from their start."""
+def fused(
+    model: nn.Module,
+    options: dict[str, Any],
+    config: Any = "dynamic",
+    names: str = "ab",
+    without: Mapping[str, list[str]] | None = None,
+) -> ak.Kit:
+    """Adapters a, b, ... and their fusion, all away from their start. without: layers that one lacks."""
     for seed, name in enumerate(names):
-        kit = ak.attach(model, {**BOTTLENECK, **options}, name=name, seed=seed, head=False)
+        own = {**BOTTLENECK, **options, "leave_out": (without or {}).get(name, [])}
+        kit = ak.attach(model, own, name=name, seed=seed, head=False)
         randomise(kit, name, seed=seed)
     kit.fuse(*names, config=config, seed=9)
     randomise(kit, "+".join(names), seed=9)
@@ -50,8 +59,10 @@ def test_a_fusion_equals_a_forward_that_was_written_by_hand(row: str, kind: str,
     options = KINDS[kind]
     model, plain = (tiny.build(row, dtype=torch.float64) for _ in range(2))
     given = tiny.inputs(row, padded=False)
-    kit = fused(model, options, config, "abc")
     patch, stacks, _ = FAMILIES[row]
+    partial = isinstance(config, dict) and config.get("partial")
+    lacks = {"b": [f"{stack}.0" for stack in stacks], "c": [f"{stack}.1" for stack in stacks]}
+    kit = fused(model, options, config, "abc", lacks if partial else None)
     states = [kit[name].state_dict() for name in ("a", "b", "c", "a+b+c")]
     weights: dict[str, Tensor] = {}
 
@@ -62,12 +73,14 @@ def test_a_fusion_equals_a_forward_that_was_written_by_hand(row: str, kind: str,
                 {key.removeprefix(start): v for key, v in state.items() if key.startswith(start)}
                 for state in states
             )
-            if not children[0]:
+            children = [child for child in children if child]
+            if not children:
                 return norm(h + x)
             z = x if options.get("is_parallel") else norm(h + x) if options.get("original_ln_before") else h
             residual = z if options.get("residual_before_ln") is False else h
             outputs = [bottleneck.update(z, t, "gelu", options.get("scaling", 1.0)) for t in children]
             more = dict(config) if isinstance(config, dict) else {}
+            assert len(children) == 3 - bool(more.pop("partial", False))
             query = h if more.pop("query_before_ln", False) else z
             # of parallel adapters: the stream is the residual, and the branch is added behind
             beside = h if more.pop("adds_stream", False) and options.get("is_parallel") else None
@@ -214,3 +227,29 @@ def test_adapters_that_also_act_elsewhere_are_refused(other: str) -> None:
         kit.fuse("a", "b")
     assert caught.value.code == "not-fused" and caught.value.address == "b"
     assert sorted(kit) == ["a", "b"] and torch.equal(run(model, given), before)
+
+
+def test_a_partial_fusion_where_some_do_not_act(tmp_path: Path) -> None:
+    """Also where only one acts, or none that the fusion has weights for; of bottlenecks and of updates."""
+    for method, place in (
+        ("seq_bn[dropout=0]", "encoder.{}.mlp"),
+        ("lora[targets=[q]]", "encoder.{}.attention.q"),
+    ):
+        model, given = tiny.build("bert"), tiny.inputs("bert")
+        for name, layer in (("a", "encoder.0"), ("b", "encoder.1")):
+            kit = ak.attach(model, f"{method[:-1]}, leave_out=[{layer}]]", name=name, head=False)
+            randomise(kit, name)
+        with pytest.raises(PlanError):
+            kit.fuse("a", "b")
+        kit.fuse("a", "b", config={"partial": True, "value": False, "regularization": False})
+        kit.activate(ak.Fuse("a", "b"))
+        with kit.record() as record:
+            found = run(model, given)
+        assert sorted(record.fusion) == [place.format(0), place.format(1)]
+        assert all(bool((share == 1).all()) for (share,) in record.fusion.values())
+        # one adapter has all of the weight in each layer, so that it is as if both were stacked
+        with kit.using(ak.Stack("a", "b")):
+            torch.testing.assert_close(found, run(model, given), rtol=1e-5, atol=1e-5)
+        kit.save(tmp_path / method[:4], setup=ak.Fuse("a", "b"))
+        again = ak.load(tiny.build("bert"), tmp_path / method[:4])
+        assert torch.equal(run(again.model, given), found)

@@ -23,8 +23,18 @@ REFUSED: list[tuple[Any, tuple[str, ...], str]] = [
     (ak.Parallel("a", "b"), ("dora", "dora"), "magnitude of its last DoRA"),
     (ak.MultiTask("a", "b"), ("dvora", "vera"), "magnitude of its last DoRA"),
     (ak.BatchSplit("a", "b", batch_sizes=[1, 1]), ("lora", "ia3"), "adds (IA)"),
-    (ak.Stack("a", "b"), ("seq_bn", "par_bn"), "mixes parallel"),
+    (ak.Stack("a", "b"), ("seq_bn", "par_bn"), "beside others"),
     (ak.Parallel("a", "b"), ("prefix_tuning[prefix_length=3]", "prefix_tuning"), "shorter prefixes"),
+    (ak.Stack("a", "b"), ("par_bn", "par_bn"), "beside others"),
+    (ak.Stack("a", "b"), ("mam", "par_bn"), "beside others"),
+    (ak.Parallel("a", "b"), ("prefix_tuning", "prefix_tuning[leave_out=[encoder.0]]"), "shorter prefixes"),
+    (ak.BatchSplit("a", "b", batch_sizes=1), ("prefix_tuning", "lora"), "shorter prefixes"),
+    (
+        ak.MultiTask(ak.Stack("a", "b"), "a"),
+        ("prefix_tuning[prefix_length=3]", "prefix_tuning[prefix_length=3]"),
+        "shorter prefixes",
+    ),
+    (ak.Split("a", "b", splits=[1, 1]), ("par_bn", "double_seq_bn"), "alike"),
     (ak.Stack("a", "b"), ("seq_bn", "prompt_tuning"), "not those of 'b'"),
     (ak.BatchSplit("a", "b", batch_sizes=[1, 1]), ("loreft", "lora"), "not those of 'a'"),
     (ak.Parallel("a", "b"), ("seq_bn_inv", "seq_bn"), "not those of 'a'"),
@@ -49,6 +59,9 @@ def test_what_is_the_same_is_not_refused() -> None:
         (ak.Stack("a", "b"), ("seq_bn", "noreft")),
         (ak.Parallel("a", "b"), ("lora", "lora")),
         (ak.Stack("a", "b"), ("prefix_tuning[prefix_length=3]", "prefix_tuning")),
+        (ak.Stack("a", "b"), ("mam", "lora")),
+        (ak.Parallel("a", "b"), ("par_bn", "par_bn[scaling=2]")),
+        (ak.Parallel("a", "b"), ("mam", "mam")),
     ):
         contents = {n: Content(n, parse(method), {}) for n, method in zip("ab", methods, strict=True)}
         assert not list(refusals(setup, contents))

@@ -69,8 +69,8 @@ def test_as_their_library_writes_it(case: Case, tmp_path: Path) -> None:
 def in_our_keys(stored: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
     """Their tensors where ours are written in another way, with which their library computes the same bits.
 
-    A model made of two names the invertible adapter of its encoder two times more. In a fused matrix the alpha
-    of (IA)^3 scales the rows without a vector as well; ours have a vector of ones then.
+    A model made of two names the invertible adapter of its encoder two times more. In a fused matrix alpha of
+    (IA)^3 scales the rows without a vector as well; ours have a vector of ones then.
     """
     found = {}
     for key, value in stored.items():

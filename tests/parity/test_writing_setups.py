@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 import adapterkit as ak
 from adapterkit.errors import ConfigError, FileFormatError
+from tests.laws.branch_cases import randomise
+from tests.laws.matrix import run
 from tests.models import tiny
 from tests.parity.compare import base, differences, in_their_words, loaded
 from tests.parity.recordings import COMPACT, FUSE, SETUPS, Case, cases, refusal
@@ -166,6 +168,7 @@ def test_what_a_kit_adds_to_a_setup(tmp_path: Path) -> None:
         (("lora", "lora"), "dynamic", "updates of weights"),
         (("seq_bn", "seq_bn"), {"temperature": 2.0}, "temperature=2.0"),
         (("par_bn", "par_bn"), "dynamic", "adds_stream=False"),
+        (("seq_bn", "seq_bn[leave_out=[encoder.0]]"), {"partial": True}, "acts without 'b'"),
         (
             ("seq_bn[locations=mlp]|seq_bn[locations=attention]", "double_seq_bn"),
             "dynamic",
@@ -182,6 +185,21 @@ def test_fusions_that_their_format_cannot_hold(
         kit.save(tmp_path / "out", "a+b", format="adapterhub")
     assert caught.value.code == "not-in-format" and words in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fusion_of_adapters_that_lack_layers(tmp_path: Path) -> None:
+    """Theirs fuses those that act in a layer, if the last one does; it computed the same of such a setup."""
+    kit = crew("bert", "seq_bn[leave_out=[encoder.0]]", "seq_bn[leave_out=[encoder.1]]", "seq_bn")
+    kit.fuse(*"abc", config={"partial": True}, seed=1)
+    for name in kit:
+        randomise(kit, name)
+    kit.save(tmp_path / "out", setup=ak.Stack("c", ak.Fuse(*"abc")), format="adapterhub")
+    model, given = tiny.build("bert"), tiny.inputs("bert")
+    again = ak.load(model, tmp_path / "out")
+    assert again["a+b+c"].config.partial and again.active == ak.Stack("c", ak.Fuse(*"abc"))
+    kit.activate(again.active)
+    assert torch.equal(run(model, given), run(kit.model, given))
+    assert not torch.allclose(run(model, given), run(tiny.build("bert"), given), atol=1e-2)
 
 
 @pytest.mark.parametrize(("dropout", "said"), [(0.0, 1e-12), (0.1, None), (0.3, 0.3)])

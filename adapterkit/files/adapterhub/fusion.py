@@ -25,7 +25,7 @@ from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors, to_json, write_directory
 from adapterkit.methods.fusion import BranchFusion, FusionConfig
 from adapterkit.model.blueprint import Blueprint
-from adapterkit.model.branches import branches
+from adapterkit.model.branches import Branch, branches
 
 CONFIG = "adapter_fusion_config.json"
 WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
@@ -71,6 +71,7 @@ class FusionFile(BaseModel):
             places=places,
             branch="before_norm" if hub_of(blueprint).hooked else "after_norm",
             adds_stream=True,
+            partial=True,
             dropout=0.0 if dropout == _NO_DROPOUT else dropout,
             value_initialized=bool(self.value_initialized),
             **options,
@@ -132,6 +133,10 @@ def _tensors(given: keys.Keyed) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{address}.{name}", tensor
 
 
+def _branches(adapter: Adapter) -> set[str]:
+    return {slot.address for slot in adapter.plan.slots if isinstance(slot, Branch)}
+
+
 def name_of(children: Sequence[str], name: str) -> str:
     """What theirs calls a fusion: one without a name of its own by its adapters."""
     return ",".join(children) if name == "+".join(children) else name
@@ -150,6 +155,9 @@ def write(directory: Path, fusion: Adapter, adapters: Mapping[str, Adapter], blu
     for child in children:
         if "configs" in spell(child.config, child.plan.slots, blueprint):
             raise unsaid(f"a fusion of {child.name!r}, which is a union")
+        if _branches(child) - _branches(children[-1]):
+            message = f"a fusion where {child.name!r} acts without {children[-1].name!r}, the last"
+            raise unsaid(f"{message}: its library has no number there")
     dropout = None if config.dropout == _dropout(blueprint) else config.dropout or _NO_DROPOUT
     same = config.model_dump(include=set(FusionFile.model_fields) - {"temperature"})
     theirs = FusionFile(temperature=False, dropout_prob=dropout, **same)

@@ -40,6 +40,7 @@ from adapterkit.model.blueprint import Blueprint
 CONFIG = "adapter_setup.json"
 _LOW_RANK = (LoRAConfig, VeRAConfig)
 Methods = Mapping[str, tuple[MethodConfig, ...]]
+_SELECTING = ("layers", "leave_out", "encoder_prefix", "cross_prefix")
 _FIRST_ONLY = (ReFTConfig, InvertibleConfig)
 """Of these and of prompts, theirs runs that of the first adapter, for all examples, and no other."""
 
@@ -118,16 +119,16 @@ def refusals(setup: Setup, contents: Mapping[str, Content]) -> Iterator[Problem]
                 f"{word} of AdapterHub divides the weighted sum by the number of adapters once more"
             )
         yield from _on_weights(block, inside)
-        parallel = {m.is_parallel for own in inside for m in own if isinstance(m, BottleneckConfig)}
-        if isinstance(block, Stack) and len(parallel) > 1:
-            yield _problem(
-                f"a {word} of AdapterHub loses a part where it mixes parallel and sequential adapters"
-            )
+        bottlenecks = [m for own in inside for m in own if isinstance(m, BottleneckConfig)]
+        if isinstance(block, Stack) and _many(inside, (BottleneckConfig,)) > 1:
+            if any(m.is_parallel for m in bottlenecks):
+                yield _problem(
+                    f"a {word} of AdapterHub loses a part where it has parallel adapters beside others"
+                )
         if isinstance(block, Fuse) and block.fused != block.children:
-            yield from _in_fusion(m for own in inside for m in own if isinstance(m, BottleneckConfig))
-        yield from _around(block, [m for own in inside for m in own if isinstance(m, BottleneckConfig)])
-        lengths = {m.prefix_length for own in inside for m in own if isinstance(m, PrefixTuningConfig)}
-        if not isinstance(block, Stack | Fuse) and len(lengths) > 1:
+            yield from _in_fusion(bottlenecks)
+        yield from _around(block, bottlenecks)
+        if not isinstance(block, Stack | Fuse) and len({_prefixes(c, methods) for c in block.children}) > 1:
             yield _problem(
                 f"{word} of AdapterHub fills shorter prefixes up with the number of the padding token"
             )
@@ -139,6 +140,13 @@ def refusals(setup: Setup, contents: Mapping[str, Content]) -> Iterator[Problem]
         if name != whole and any(isinstance(method, kinds) for method in own):
             message = f"AdapterHub computes ReFT, prompts and invertible adapters of {_leader(setup)!r} alone"
             yield _problem(f"{message}, not those of {name!r}")
+
+
+def _prefixes(setup: Setup, methods: Methods) -> tuple[str, ...]:
+    """How long the prefixes of a part of a setup are, and where."""
+    told = set(PrefixTuningConfig.model_fields) & {"prefix_length", *_SELECTING}
+    found = [m for name in names(setup) for m in methods.get(name, ()) if isinstance(m, PrefixTuningConfig)]
+    return tuple(sorted(str(sorted(m.model_dump(include=told).items())) for m in found))
 
 
 def idle(setup: Setup, contents: Mapping[str, Content]) -> dict[str, Content]:
@@ -162,7 +170,7 @@ def _around(block: Block, configs: list[BottleneckConfig]) -> Iterator[Problem]:
     """
     if isinstance(block, Fuse) or not configs:
         return
-    before = {(config.original_ln_before, config.residual_before_ln) for config in configs}
+    before = {(c.original_ln_before, c.residual_before_ln, c.is_parallel) for c in configs}
     if len({config.original_ln_after for config in configs}) > 1 or (
         not isinstance(block, Stack) and len(before) > 1
     ):

@@ -153,6 +153,8 @@ def _not_run(setup: Setup, adapters: Mapping[str, Adapter], blueprint: Blueprint
             places = [_places(child, kind, adapters) for child in block.children]
             if isinstance(block, Split | Fuse) and kind != "bottlenecks" and any(places):
                 yield _problem(f"{word} of {kind}")
+            elif isinstance(block, Fuse) and block.fused == block.children:
+                continue  # it fuses those that act at a place
             elif not isinstance(block, Stack) and any(own != places[0] for own in places):
                 yield _problem(f"{word} of {kind} at different places")
 
