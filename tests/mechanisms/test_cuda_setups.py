@@ -177,7 +177,7 @@ def test_quantised_weights_on_the_gpu(kind: str) -> None:
     given = moved(tiny.inputs("llama"))
     for own in (model, plain):
         attach(own, "lora[targets=all]")
-    tolerance = 0.05 if kind == "int8" else 2e-3
+    tolerance = 0.1 if kind == "int8" else 2e-3  # int8 rounds the activations, here to half precision first
     expected = run(plain, given)
     assert test_quantised.far(run(model, given), expected) < tolerance
     wanted = gradients(plain, given)
