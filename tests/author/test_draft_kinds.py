@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.author import draft as drafting
+from adapterkit.author.describe import Notes
 from adapterkit.author.draft import Draft
 from adapterkit.author.prove import prove_method
 from adapterkit.author.scene import Scene
+from adapterkit.author.yamltext import written
 from adapterkit.errors import PlanError
 from adapterkit.model.resolve import resolve
 
@@ -293,3 +295,25 @@ def test_a_draft_that_check_refutes_says_so() -> None:
     told = "`check` refutes: attention is added to what it was made of"
     assert [loc for loc, text in found.notes.remarks if told in text] == [("stacks", "encoder", "attention")]
     assert f"# {told}" in found.text
+
+
+def test_every_remark_stands_in_the_file_also_where_its_word_does_not() -> None:
+    notes = Notes()
+    places = ("stacks.encoder.inputs.mask", "stacks.encoder.pooler", "stacks.encoder.layers", "like", "heads")
+    for place in places:
+        notes.remark(tuple(place.split(".")), f"of {place.split('.')[-1]}")
+    notes.remark(("stacks", "encoder", "mlp"), "seen")
+    data = {"adapterkit": 1, "stacks": {"encoder": {"inputs": {"ids": None}, "layers": "layer"}}}
+    assert written(data, notes, "Model").splitlines()[2:] == [
+        "# look at: of like",
+        "# look at: of heads",
+        "adapterkit: 1",
+        "stacks:",
+        "  # of pooler",
+        "  # mlp: seen",
+        "  encoder:",
+        "    # of mask",
+        "    inputs: {ids: null}",
+        "    # of layers",
+        "    layers: layer",
+    ]
