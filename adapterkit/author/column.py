@@ -216,7 +216,7 @@ class Column:
         ids = self._ids(entry) if "ids" in found else None
         if ids is not None:
             found["ids"] = ids
-        if "mask" in found and found.get("ids", "") is not None:
+        if "mask" in found:
             found |= self._mask(module, ids or str(usual["ids"]))
         # what is called as usual may be there for other models of the type
         aligned = [] if ids is not None else [name for name in _ALIGNED if name in taken]
@@ -251,10 +251,14 @@ class Column:
         """The argument that hides tokens, by trial."""
         tokens = self._given(module).get(ids)
         other = masks.edited(tokens) if tokens is not None and tokens.ndim == 2 else None
-        if tokens is None or other is None:
+        if tokens is not None and other is not None:
+            shape = (int(tokens.shape[0]), int(tokens.shape[1]))
+            return self._hiding(module, shape, ({ids: tokens}, {ids: other}), masks.beside)
+        stream = self.scene.graph.nodes[self.facts.entering].shape
+        if tokens is not None or len(stream) != 3:
             return {}
-        shape = (int(tokens.shape[0]), int(tokens.shape[1]))
-        return self._hiding(module, shape, ({ids: tokens}, {ids: other}), masks.beside)
+        # patches and frames are no ids: their states differ where they enter the layers
+        return self._hiding(module, (stream[0], stream[1]), None, masks.beside)
 
     def _read_mask(self, module: nn.Module, states: str) -> Words:
         """The argument that hides states of the other stack, by trial."""
@@ -268,18 +272,23 @@ class Column:
         self,
         module: nn.Module,
         shape: tuple[int, int],
-        edits: tuple[Words, Words],
+        edits: tuple[Words, Words] | None,
         part: masks.Part,
     ) -> Words:
-        """Of the arguments with one value per token, and of those that were not given, the one that hides."""
+        """Of the arguments with one value per token, and of those that were not given, the one that hides.
+
+        Args: edits: arguments that differ at position T // 2; None: the stream itself is made to differ.
+        """
         given = self._given(module)
-        names = [name for name, value in given.items() if value.shape == shape and name not in edits[0]]
+        known = edits[0] if edits is not None else ()
+        names = [name for name, value in given.items() if value.shape == shape and name not in known]
         names += [name for name in masks.optional(module) if name not in given]
         path = self.facts.layers[0].call.path
 
         def run(mask: Mapping[str, Any], other: bool) -> torch.Tensor | None:
-            arguments = {**edits[other], **mask}
-            made = masks.made(self.scene.model, self.scene.inputs, module, arguments, path)
+            arguments = mask if edits is None else {**edits[other], **mask}
+            stirred = other and edits is None
+            made = masks.made(self.scene.model, self.scene.inputs, module, arguments, path, other=stirred)
             return None if made is None else part(made)
 
         for name in names:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adapterkit.author.observe import observe
+from adapterkit.author.recorder import Enter
 from adapterkit.methods.flow import base_forward
 
 Run = Callable[[Mapping[str, Any], bool], torch.Tensor | None]
@@ -69,6 +70,18 @@ def moved(states: torch.Tensor) -> torch.Tensor:
     return other
 
 
+def with_other_stream(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a layer with other numbers at position T // 2 of its stream, the first floats of them."""
+    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            named[name] = moved(value) if value.ndim == 3 else value
+            break
+    return tuple(named[i] for i in range(len(args))), {name: named[name] for name in kwargs}
+
+
 def made(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -76,17 +89,24 @@ def made(
     arguments: Mapping[str, Any],
     layer: str,
     end: Literal["gives", "given"] = "gives",
+    *,
+    other: bool = False,
 ) -> torch.Tensor | None:
     """What a layer makes (B, T, D), or is given, if the entry is called with other arguments; None if that
     does not run.
+
+    Args: other: the stream enters the layer with other numbers at position T // 2.
     """
     names = names_of(entry)
 
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {**dict(zip(names, args, strict=False)), **kwargs, **arguments}
 
+    changes: dict[nn.Module, Enter] = {entry: enter}
+    if other and (module := model.get_submodule(layer)) is not entry:
+        changes[module] = with_other_stream
     try:
-        seen = observe(model, inputs, enter={entry: enter})
+        seen = observe(model, inputs, enter=changes)
     except Exception:  # models raise anything on what does not fit
         return None
     calls = seen.graph.calls_of(layer)

@@ -44,7 +44,7 @@ class Trial:
         changes: dict[nn.Module, Enter] = {self.place.module: enter}
         first = self.seen.layers()[0][1].module
         if moved and first is not self.place.module:
-            changes[first] = _with_other_stream
+            changes[first] = masks.with_other_stream
         key = (self.place.path, moved, *((name, _content(value)) for name, value in sorted(other.items())))
         return self.scene.once(key, lambda: self.scene.observe(enter=changes))
 
@@ -75,19 +75,6 @@ class Trial:
         picked = {"q": "query", "k": "key", "v": "value", "o": "out"}
         marks = [found.tensors[getattr(event, picked[word])] for event in events for word in words]
         return marks + [found.tensors[c.given] for c in layers[:1] if c.given is not None]
-
-
-def _with_other_stream(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a layer, the first floats of which are its stream."""
-    named = dict(enumerate(args)) | kwargs
-    for name, value in named.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            if value.ndim == 3:
-                named[name] = masks.moved(value)
-            break
-    return tuple(named[i] for i in range(len(args))), {name: named[name] for name in kwargs}
 
 
 def _content(value: Any) -> Any:

@@ -48,6 +48,36 @@ def test_a_mask_that_is_not_given_is_found_as_well() -> None:
     assert stack["inputs"]["mask"] == "keep"
 
 
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_mask_of_patches_is_found_and_its_meaning_is_proved(hides: bool) -> None:
+    """Patches are no ids: their states are made to differ where they enter the layers."""
+
+    class Seeing(masked.Keeping):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cut = nn.Conv1d(3, masked.WIDTH, 2, 2)
+
+        def forward(self, sound: Tensor, seen: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            x = self.cut(sound).mT
+            for layer in self.layers:
+                x = layer(x, ~seen.bool() if hides and seen is not None else seen)
+            return self.classify(self.norm(x))
+
+    def make() -> tuple[nn.Module, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        return Seeing(), {"sound": torch.randn(2, 3, 12)}
+
+    model, inputs = make()
+    data = ak.draft(model, inputs=inputs).data
+    (stack,) = data["stacks"].values()
+    assert stack["inputs"]["mask"] == "seen"
+    assert stack["inputs"].get("mask_hides", False) is hides
+    assert ak.check(data, make, methods=()).ok
+    stack["inputs"]["mask_hides"] = not hides
+    (problem,) = ak.check(data, make, methods=()).problems
+    assert problem.expected == f"they {'hide' if hides else 'show'}"
+
+
 def test_a_model_without_a_mask_gets_none() -> None:
     class Deaf(masked.Keeping):
         def forward(self, words: Tensor, keep: Tensor | None = None) -> Tensor:

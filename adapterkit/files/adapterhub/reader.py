@@ -118,7 +118,7 @@ def _members(config: Mapping[str, Any], blueprint: Blueprint) -> list[Member]:
         inverted = [InvertibleMember(found.theirs, blueprint)] if found.theirs.inv_adapter else []
         return [found, *inverted] if found.branches or not inverted else [*inverted]
     if architecture not in _METHODS:
-        message = f"holds an adapter of architecture {architecture!r}, which cannot be read yet"
+        message = f"holds an adapter of architecture {architecture!r}, which is not known"
         expected = f"one of {listing(['bottleneck', *_METHODS, 'union'])}"
         raise FileFormatError(Problem("unsupported-method", message, expected=expected))
     return [_METHODS[architecture](config, blueprint)]
