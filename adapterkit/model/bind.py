@@ -11,7 +11,7 @@ from torch import nn
 
 from adapterkit.model import layouts, linear
 from adapterkit.model.blueprint import Slot
-from adapterkit.model.scope import ITSELF, Draft, Found, Here
+from adapterkit.model.scope import ITSELF, MISSING, Draft, Found, Here
 from adapterkit.model.walk import child, plain
 from adapterkit.spec.schema import Attention, Layer, Sizes, Stack, Sublayer
 from adapterkit.spec.text import Loc
@@ -143,7 +143,7 @@ def add_place(here: Here, address: str, found: Found) -> None:
 
 def add_slot(here: Here, role: str, found: Found, words: Loc) -> Slot | None:
     """Add a linear slot; a weight that is used without calling its module is refused."""
-    size = linear.shape(found.module)
+    size = here.ask(found.module, found.path, _shape)
     if size is None:
         what = f"{found.path} is a {type(found.module).__name__}"
         expected = "expected a linear map: Linear, Conv1D or one of their quantised kinds"
@@ -171,6 +171,10 @@ def add_slot(here: Here, role: str, found: Found, words: Loc) -> Slot | None:
     )
     here.draft.slots[slot.address] = slot
     return slot
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, int] | None:
+    return linear.shape(module)
 
 
 def _parent(here: Here, found: Found) -> nn.Module | None:
@@ -249,16 +253,14 @@ class _Holders:
     def of_core(self, name: str) -> Any:
         if self.core is None:
             return None
-        value = self.here.draft.looked[self.core.path, name] = plain(self.core.module, name)
-        return value
+        return self.here.ask(self.core.module, self.core.path, plain, name)
 
     def find(self, names: tuple[str, ...]) -> int | None:
         """What the core, else the config, has under one of the names.
 
         The core knows best: a config may speak of another stack, of most layers, or of what it does not use.
         """
-        config = (attribute(self.here.config, name) for name in names)
-        return next(_whole(chain(map(self.of_core, names), config)), None)
+        return next(_whole(chain(map(self.of_core, names), map(self.here.setting, names))), None)
 
     def said(self, here: Here, said: int | str) -> int | None:
         """A size that the spec says: a number, or the name of an attribute of the core or of the config."""
@@ -291,11 +293,21 @@ def _head_sizes(
 def _bind_scale(here: Here, said: float | str) -> None:
     """The factor of a branch: a number, else a field of the config, else an attribute of the layer."""
     layer = here.root
-    value = attribute(here.config, said) if isinstance(said, str) else said
+    value = here.setting(said) if isinstance(said, str) else said
     if isinstance(value, int | float) and not isinstance(value, bool):
         here.draft.scales[here.address] = float(value)
-    elif isinstance(getattr(layer, str(said), None), int | float | torch.Tensor):
+        return
+    kind = here.ask(layer, here.path, _factor, str(said))
+    if kind == "factor":
         here.draft.scales[here.address] = (layer, str(said))
-    elif not hasattr(layer, str(said)):
+    elif kind != "none":
         fact = f"neither the config nor the layer has a number {said!r}"
         here.note("unknown-config-field", fact, words=("scale",))
+
+
+def _factor(layer: nn.Module, name: str) -> str:
+    """Whether a layer has a factor under a name, or says that it has none."""
+    found = getattr(layer, name, MISSING)
+    if found is None:
+        return "none"
+    return "factor" if isinstance(found, int | float | torch.Tensor) else "no number"

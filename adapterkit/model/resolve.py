@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from adapterkit.errors import Problem, ResolveError, SpecError, did_you_mean, listing
-from adapterkit.model.bind import add_place, add_slot, bind_layer
+from adapterkit.model.bind import add_place, add_slot
 from adapterkit.model.blueprint import Blueprint, Head, StackInfo
 from adapterkit.model.heads import find_heads, find_loose
-from adapterkit.model.repeat import Pattern
+from adapterkit.model.repeat import Layers
 from adapterkit.model.scope import ITSELF, Draft, Found, Here, Scope
 from adapterkit.model.walk import child, expand, join, missing
 from adapterkit.spec import registry
@@ -280,17 +280,10 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
     kinds = _kinds(here.at("kinds"), stack, len(layers))
     if stack.kinds and not kinds:
         layers = []  # what they are made of is not known
-    patterns: dict[str | None, Pattern] = {}
+    alike = Layers(stack)
     for index, (path, layer) in enumerate(layers):
         inside = here.moved(root=layer, path=join(here.path, path), address=f"{address}.{index}", layer=index)
-        kind = kinds[index] if kinds else None
-        if kind in patterns and patterns[kind].again(inside):
-            continue
-        own = Draft()
-        bind_layer(inside.drafting(own), stack, kind)
-        draft.absorb(own)
-        if not own.problems:
-            patterns[kind] = Pattern(inside, own)
+        alike.bind(inside, kinds[index] if kinds else None)
     for (loc, word), seen in draft.presence.items():
         if len(seen) > 1:
             message = f"'{word}' is optional, but some layers have it and some have not"

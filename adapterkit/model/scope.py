@@ -16,7 +16,10 @@ from adapterkit.model.walk import child, join, missing
 from adapterkit.spec.schema import Interface, Path
 from adapterkit.spec.text import Loc
 
-_MISSING = object()
+MISSING = object()
+"""What a config says that has no such field."""
+Question = Callable[[Any, str], Any]
+"""What may be asked of a module, or of the config, under a name; the answer decides what is bound."""
 ITSELF = Path(path=".")
 """What names the module at hand."""
 
@@ -46,8 +49,6 @@ class Draft:
     head_dims: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     scales: dict[str, Scale] = field(default_factory=dict)
     without: dict[str, Mapping[str, str]] = field(default_factory=dict)
-    looked: dict[tuple[str, str], Any] = field(default_factory=dict)
-    """(path of a core, attribute) -> its value, for whatever sizes were looked for there."""
 
     def absorb(self, other: Draft) -> None:
         self.slots |= other.slots
@@ -61,7 +62,6 @@ class Draft:
         self.head_dims |= other.head_dims
         self.scales |= other.scales
         self.without |= other.without
-        self.looked |= other.looked
 
 
 class Scope:
@@ -114,6 +114,8 @@ class Here:
     layer: int | None = None
     sublayer: str | None = None
     batch: str | None = None
+    asked: dict[tuple[str | None, Question, str], Any] = field(default_factory=dict)
+    """(path of a module, None: the config; question, name) -> the answer, for all that was asked."""
 
     def at(self, *words: str | int) -> Here:
         """The same place in the model, further down in the spec."""
@@ -140,11 +142,21 @@ class Here:
             (loc, code), lambda: _problem(self.scope.interface, loc, code, *facts())
         )
 
+    def ask(self, module: nn.Module, path: str, question: Question, name: str = "") -> Any:
+        """The answer of a module."""
+        answer = self.asked[path, question, name] = question(module, name)
+        return answer
+
+    def setting(self, name: str) -> Any:
+        """What the config has under a name; MISSING too if it differs from layer to layer."""
+        answer = self.asked[None, setting, name] = setting(self.config, name)
+        return answer
+
     def holds(self, when: Mapping[str, Any] | None) -> bool:
         """Whether every field of `when` has its value in the config."""
         for name, value in (when or {}).items():
-            actual = getattr(self.config, name, _MISSING)
-            if actual is _MISSING:
+            actual = self.setting(name)
+            if actual is MISSING:
                 known = sorted(key for key in getattr(self.config, "__dict__", ()) if not key.startswith("_"))
                 fact, fields = f"the config has no field {name!r}", f"fields: {listing(known)}"
                 self.note("unknown-config-field", fact, fields, did_you_mean(name, known), words=("when",))
@@ -195,6 +207,14 @@ class Here:
         if not found and said.optional is None:
             self.note_lazily("path-not-found", lambda: _not_found(self.root, self.path, options))
         return found[0] if found else None
+
+
+def setting(config: Any, name: str) -> Any:
+    """What a config has under a name, else MISSING."""
+    try:
+        return getattr(config, name, MISSING)
+    except RuntimeError:  # such a config refuses to give one value for all layers
+        return MISSING
 
 
 def _problem(
