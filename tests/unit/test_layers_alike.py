@@ -129,10 +129,12 @@ def test_a_factor_is_that_of_the_layer_at_hand() -> None:
                 setattr(layer, name, value)
         return model
 
-    for model in (build(factor=2.0), build(factor=3.0)):
+    assert not resolve(build(factor=None), spec).scales, "it says that it has none"
+    for model in (build(factor=2.0), build(factor=nn.Parameter(torch.ones(4))), build(factor=3.0)):
         scales = resolve(model, spec).scales
         for index, layer in enumerate(model.layers):
             assert scales[f"encoder.{index}.attention"] == (layer, "factor")
+    assert not resolve(build(factor=None), spec).scales
     refused(ak.errors.ResolveError, "unknown-config-field", resolve, build(), spec)
     refused(ak.errors.ResolveError, "unknown-config-field", resolve, build(factor="no number"), spec)
 
