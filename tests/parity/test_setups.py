@@ -10,7 +10,7 @@ import pytest
 
 import adapterkit as ak
 from adapterkit.errors import FileFormatError
-from adapterkit.files.adapterhub.setup import refusals
+from adapterkit.files.adapterhub.setup import refusals, repeated
 from adapterkit.files.content import Content
 from adapterkit.methods.names import parse
 from tests.parity.compare import base, loaded, setup_directory
@@ -36,8 +36,8 @@ REFUSED: list[tuple[Any, tuple[str, ...], str]] = [
     ),
     (ak.Split("a", "b", splits=[1, 1]), ("par_bn", "double_seq_bn"), "alike"),
     (ak.Stack("a", "b"), ("seq_bn", "prompt_tuning"), "not those of 'b'"),
-    (ak.BatchSplit("a", "b", batch_sizes=[1, 1]), ("loreft", "lora"), "not those of 'a'"),
-    (ak.Parallel("a", "b"), ("seq_bn_inv", "seq_bn"), "not those of 'a'"),
+    (ak.BatchSplit("a", "b", batch_sizes=[1, 1]), ("lora", "loreft"), "not those of 'b'"),
+    (ak.Parallel("a", "b"), ("seq_bn_inv", "seq_bn"), "of 'a' alone, and of all examples"),
     (ak.Parallel("a", "b"), ("seq_bn", "double_seq_bn"), "alike"),
     (ak.Stack("a", "b"), ("seq_bn", "seq_bn[original_ln_after=false]"), "alike"),
 ]
@@ -79,6 +79,16 @@ def test_the_residual_that_is_added_twice_is_an_option(tmp_path: Path) -> None:
     options = {name: getattr(kit[name].config, "original_ln_first", None) for name in kit}
     assert options == {"a": True, "b": False, "c": False}
     assert kit.active == ak.Parallel(ak.Stack("a", "b"), "c")
+
+
+def test_an_adapter_before_which_it_is_added_once_and_twice() -> None:
+    """As a child of the fusion once, at the start of a Stack in it twice."""
+    contents = {name: Content(name, parse("seq_bn"), {}) for name in "abc"}
+    found = repeated(ak.Fuse(ak.Stack("a", "b"), "c"), contents)
+    assert [found[name].config.original_ln_first for name in "abc"] == [True, False, False]
+    with pytest.raises(FileFormatError) as caught:
+        repeated(ak.Fuse(ak.Stack("c", "a"), "c"), contents)
+    assert caught.value.code == "not-reproducible"
 
 
 def test_what_acts_in_the_first_adapter_alone_is_an_option(tmp_path: Path) -> None:

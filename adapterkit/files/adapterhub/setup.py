@@ -139,7 +139,8 @@ def refusals(setup: Setup, contents: Mapping[str, Content]) -> Iterator[Problem]
         kinds = (PromptTuningConfig,) if whole else (PromptTuningConfig, *_FIRST_ONLY)
         if name != whole and any(isinstance(method, kinds) for method in own):
             message = f"AdapterHub computes ReFT, prompts and invertible adapters of {_leader(setup)!r} alone"
-            yield _problem(f"{message}, not those of {name!r}")
+            told = f"not those of {name!r}" if name != _leader(setup) else "and of all examples"
+            yield _problem(f"{message}, {told}")
 
 
 def _prefixes(setup: Setup, methods: Methods) -> tuple[str, ...]:
@@ -192,11 +193,13 @@ def prepared(setup: Setup, methods: Methods, before: int = 0) -> Iterator[tuple[
     """Adapters with bottlenecks, and how often theirs adds the residual before them.
 
     Each block but Stack and Fuse does it for what it holds, MultiTask twice, and a Stack for each of its
-    adapters; the first of a Stack takes what was done before. A Fuse does it for the Stacks in it, too.
+    adapters; the first of a Stack takes what was done before. A Fuse does it for the Stacks in it, too, and its
+    last adapter says how.
     """
     if isinstance(setup, Fuse):
         for child in setup.children:
-            yield from prepared(child, methods, before + 1) if isinstance(child, Stack) else ()
+            if isinstance(child, Stack) or child == setup.children[-1]:
+                yield from prepared(child, methods, before + 1)
         return
     if not isinstance(setup, Block):
         yield setup, before
