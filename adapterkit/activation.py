@@ -341,7 +341,12 @@ class _Compiler:
         """What the units need elsewhere, once for all adapters."""
         found: dict[Place, dict[str, None]] = {}
         for name in names(setup):
-            for helper in self.adapters[name].injection.helpers:
+            adapter = self.adapters[name]
+            idle = [a for a, unit in adapter.units.items() if unit.first_only and name != self.first]
+            without = {address.rpartition(":")[2] for address in idle}
+            for helper in adapter.injection.helpers:
+                if helper.of in without:
+                    continue
                 place = Place(helper.place.path, helper.acts_on, helper.phase)
                 found.setdefault(place, {})[helper.key] = None
         return {place: tuple(keys) for place, keys in found.items()}

@@ -126,6 +126,8 @@ class Helper(NamedTuple):
     make: Callable[[], nn.Module]
     acts_on: Literal["input", "output", "entry", "around"]
     phase: int
+    of: str = ""
+    """Address of the slot without whose unit it does nothing; empty: it looks at what is there."""
 
 
 class Mark(nn.Module):

@@ -56,6 +56,10 @@ class PromptTuningConfig(MethodConfig):
     stacks: Words | None = Field(
         default=None, description="stacks that get a prompt; None: those that read no other"
     )
+    first_only: bool = Field(
+        default=False,
+        description="acts only where its adapter is the first of a setup, as in setups of AdapterHub",
+    )
 
     def model_post_init(self, context: Any) -> None:
         if (self.init == "from_text") != bool(self.init_text_ids):
@@ -99,6 +103,7 @@ class Prompt(Unmergeable):
     def __init__(self, slot: Slot, config: PromptTuningConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         self.stack = slot.stack
+        self.first_only = config.first_only
         self.place = (slot.path, config.position, config.keep_positions, config.before_padding)
         """Prompts of one stack that act together are put in at the same place."""
         width = (slot.shape or (1, 1))[0]
@@ -185,12 +190,17 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
 
     def add(place: Slot | None, word: str, make: Callable[[], nn.Module], acts_on: Any = "entry") -> None:
         if place is not None:
-            found.append(Helper(place, f"{own}__{word}", make, acts_on, -2 if acts_on == "entry" else 6))
+            phase = -2 if acts_on == "entry" else 6
+            found.append(Helper(place, f"{own}__{word}", make, acts_on, phase, slot.address))
 
     if slot.role == "out":
-        found.append(Helper(slot, f"{own}__put", partial(entering.PutBehind, acting), "output", 0))
+        found.append(
+            Helper(slot, f"{own}__put", partial(entering.PutBehind, acting), "output", 0, slot.address)
+        )
     elif slot.role == "layer":
-        found.append(Helper(slot, f"{own}__put", partial(entering.PutBefore, acting), "input", 0))
+        found.append(
+            Helper(slot, f"{own}__put", partial(entering.PutBefore, acting), "input", 0, slot.address)
+        )
     strip = partial(Strip, stack)
     last = places[f"{stack}.{info.num_layers - 1}.layer"]
     in_layers = slot.role == "layer" or info.inputs.ids is None

@@ -18,6 +18,9 @@ from tests.unit.kit_scene import refused
 METHODS = {
     "reft": "noreft[r=2, first_only=true]",
     "bottleneck and invertible": "double_seq_bn|invertible[first_only=true]",
+    "prompt": "prompt_tuning[prompt_length=3, first_only=true]",
+    "prompt behind": "prompt_tuning[prompt_length=3, first_only=true, insert=out]",
+    "bottleneck and prompt": "double_seq_bn|prompt_tuning[prompt_length=3, first_only=true]",
 }
 
 

@@ -13,6 +13,7 @@ from adapterkit.errors import FileFormatError
 from adapterkit.files.adapterhub.setup import refusals, repeated
 from adapterkit.files.content import Content
 from adapterkit.methods.names import parse
+from tests.models import tiny
 from tests.parity.compare import base, loaded, setup_directory
 from tests.parity.recordings import COMPACT, Case
 
@@ -35,7 +36,8 @@ REFUSED: list[tuple[Any, tuple[str, ...], str]] = [
         "shorter prefixes",
     ),
     (ak.Split("a", "b", splits=[1, 1]), ("par_bn", "double_seq_bn"), "alike"),
-    (ak.Stack("a", "b"), ("seq_bn", "prompt_tuning"), "not those of 'b'"),
+    (ak.Parallel("a", "b"), ("seq_bn", "prompt_tuning"), "not those of 'b'"),
+    (ak.Stack("a", "b", ak.BatchSplit("a", "b", batch_sizes=1)), ("noreft", "lora"), "of 'a' once"),
     (ak.BatchSplit("a", "b", batch_sizes=[1, 1]), ("lora", "loreft"), "not those of 'b'"),
     (ak.Parallel("a", "b"), ("seq_bn_inv", "seq_bn"), "of 'a' alone, and of all examples"),
     (ak.Parallel("a", "b"), ("seq_bn", "double_seq_bn"), "alike"),
@@ -57,6 +59,8 @@ def test_what_is_the_same_is_not_refused() -> None:
         (ak.Stack("a", "b"), ("seq_bn_inv", "double_seq_bn")),
         (ak.Stack("a", "b"), ("seq_bn_inv", "seq_bn_inv")),
         (ak.Stack("a", "b"), ("seq_bn", "noreft")),
+        (ak.Stack("a", "b"), ("seq_bn", "prompt_tuning")),
+        (ak.Stack("a", ak.Parallel("b", "b")), ("prompt_tuning", "lora")),
         (ak.Parallel("a", "b"), ("lora", "lora")),
         (ak.Stack("a", "b"), ("prefix_tuning[prefix_length=3]", "prefix_tuning")),
         (ak.Stack("a", "b"), ("mam", "lora")),
@@ -136,3 +140,23 @@ def test_their_heads_are_not_dropped_in_silence(tmp_path: Path) -> None:
         ak.load(model, directory)
     assert caught.value.code == "head-unknown"
     assert len(ak.load(model, directory, head=False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "refused"), [("original_ln_before=true", True), ("original_ln_before=false", False)]
+)
+def test_groups_in_which_some_lack_a_layer(option: str, refused: bool, tmp_path: Path) -> None:
+    """Their library adds the residual for all groups, where it adds one, also for those that pass."""
+    model = tiny.build("bert")
+    for name, more in (("a", ""), ("b", ", leave_out=[encoder.0]"), ("c", "")):
+        kit = ak.attach(model, f"seq_bn[{option}{more}]", name=name, head=False)
+        kit.save(tmp_path / "out" / name, name, format="adapterhub")
+    groups = block("BatchSplit", "c", "b") | {"kwargs": {"batch_sizes": [1, 1]}}
+    said = {"adapter_setup": block("Stack", "a", groups), "head_setup": None}
+    (tmp_path / "out" / "adapter_setup.json").write_text(json.dumps(said))
+    if not refused:
+        assert len(ak.load(tiny.build("bert"), tmp_path / "out")) == 3
+        return
+    with pytest.raises(FileFormatError) as caught:
+        ak.load(tiny.build("bert"), tmp_path / "out")
+    assert caught.value.code == "not-reproducible" and "lack a layer" in str(caught.value)

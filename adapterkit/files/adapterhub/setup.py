@@ -27,6 +27,7 @@ from adapterkit.files.disk import read_json
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.bottleneck import BottleneckConfig
 from adapterkit.methods.dora import DoRAConfig, DVoRAConfig
+from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.ia3 import IA3Config
 from adapterkit.methods.invertible import InvertibleConfig
 from adapterkit.methods.lora import LoRAConfig
@@ -36,13 +37,14 @@ from adapterkit.methods.reft import ReFTConfig
 from adapterkit.methods.union import UnionConfig
 from adapterkit.methods.vera import VeRAConfig
 from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.branches import branches
 
 CONFIG = "adapter_setup.json"
 _LOW_RANK = (LoRAConfig, VeRAConfig)
 Methods = Mapping[str, tuple[MethodConfig, ...]]
 _SELECTING = ("layers", "leave_out", "encoder_prefix", "cross_prefix")
-_FIRST_ONLY = (ReFTConfig, InvertibleConfig)
-"""Of these and of prompts, theirs runs that of the first adapter, for all examples, and no other."""
+_FIRST_ONLY = (ReFTConfig, InvertibleConfig, PromptTuningConfig)
+"""Of these, theirs runs that of the first adapter, for all examples, and no other."""
 
 
 def read(directory: Path, blueprint: Blueprint, allow_bin: bool) -> Bundle:
@@ -105,7 +107,8 @@ def together(setup: Setup, contents: Mapping[str, Content], blueprint: Blueprint
 
     Raises: FileFormatError: no option says it.
     """
-    reader.refuse([*refusals(setup, contents), *_in_parts(setup, blueprint)])
+    problems = [*refusals(setup, contents), *_unlike(setup, contents, blueprint)]
+    reader.refuse([*problems, *_in_parts(setup, blueprint)])
     return idle(setup, repeated(setup, contents))
 
 
@@ -136,11 +139,13 @@ def refusals(setup: Setup, contents: Mapping[str, Content]) -> Iterator[Problem]
             yield _problem(f"{word} of AdapterHub does not compute a Fuse")
     whole = first(setup)
     for name, own in methods.items():
-        kinds = (PromptTuningConfig,) if whole else (PromptTuningConfig, *_FIRST_ONLY)
-        if name != whole and any(isinstance(method, kinds) for method in own):
-            message = f"AdapterHub computes ReFT, prompts and invertible adapters of {_leader(setup)!r} alone"
-            told = f"not those of {name!r}" if name != _leader(setup) else "and of all examples"
-            yield _problem(f"{message}, {told}")
+        if any(isinstance(method, _FIRST_ONLY) for method in own):
+            message = "AdapterHub computes ReFT, prompts and invertible adapters of"
+            if whole is None:
+                told = f"not those of {name!r}" if name != _leader(setup) else "and of all examples"
+                yield _problem(f"{message} {_leader(setup)!r} alone, {told}")
+            elif name == whole and _times(setup, name) > 1:
+                yield _problem(f"{message} {name!r} once")
 
 
 def _prefixes(setup: Setup, methods: Methods) -> tuple[str, ...]:
@@ -193,7 +198,7 @@ def prepared(setup: Setup, methods: Methods, before: int = 0) -> Iterator[tuple[
     """Adapters with bottlenecks, and how often theirs adds the residual before them.
 
     Each block but Stack and Fuse does it for what it holds, MultiTask twice, and a Stack for each of its
-    adapters; the first of a Stack takes what was done before. A Fuse does it for the Stacks in it, too, and its
+    adapters; the first of a Stack takes what was done before. A Fuse does it for the Stacks in it, too; its
     last adapter says how.
     """
     if isinstance(setup, Fuse):
@@ -252,6 +257,13 @@ def _leader(setup: Setup) -> str:
     return setup
 
 
+def _times(setup: Setup, name: str) -> int:
+    """How often an adapter stands in a setup."""
+    if isinstance(setup, Block):
+        return sum(_times(child, name) for child in setup.children)
+    return int(setup == name)
+
+
 def _in_parts(setup: Setup, blueprint: Blueprint) -> Iterator[Problem]:
     """What theirs computes otherwise in a model that is made of others."""
     repeats = any(isinstance(block, Parallel) for block in blocks(setup))
@@ -259,6 +271,26 @@ def _in_parts(setup: Setup, blueprint: Blueprint) -> Iterator[Problem]:
         yield _problem(
             "Parallel of AdapterHub repeats the batch in each of the models that this one is made of"
         )
+
+
+def _unlike(setup: Setup, contents: Mapping[str, Content], blueprint: Blueprint) -> Iterator[Problem]:
+    """Adapters without a bottleneck, side by side with others: theirs prepares the states for these, too."""
+    known = frozenset(branches(blueprint))
+
+    def places(part: Setup) -> frozenset[str]:
+        own = [contents[name] for name in names(part)]
+        told = [content.addresses or () for content in own if not isinstance(content.config, FusionConfig)]
+        return frozenset(address.rpartition(":")[2] for found in told for address in found) & known
+
+    for block in blocks(setup):
+        inside = [method for name in names(block) for method in methods_of(contents[name].config)]
+        if not any(
+            isinstance(m, BottleneckConfig) and (m.original_ln_before or m.is_parallel) for m in inside
+        ):
+            continue
+        if not isinstance(block, Stack | Fuse) and len(set(map(places, block.children))) > 1:
+            word = type(block).__name__
+            yield _problem(f"{word} of AdapterHub has no way of its own for adapters that lack a layer")
 
 
 def _on_weights(block: Block, inside: list[tuple[MethodConfig, ...]]) -> Iterator[Problem]:
