@@ -21,13 +21,11 @@ def in_threads(model: Callable[..., object], kit: ak.Kit, given: dict[str, Tenso
     """Outputs by thread; thread i uses adapter names[i], and all of them run at the same time."""
     barrier = Barrier(THREADS)
 
-    # torch sometimes compiles a graph anew when threads look for theirs at once, without adapters too;
-    # its settings are those of one thread
-    @torch._dynamo.config.patch(recompile_limit=256)
     def work(name: str) -> list[Tensor]:
-        barrier.wait()
+        barrier.wait(timeout=60)  # else one that fails before it would leave the others waiting
         found = []
-        # limits of the compiler are those of a thread
+        # torch sometimes compiles a graph anew when threads look for theirs at once, without adapters too;
+        # its settings are those of one thread
         with torch._dynamo.config.patch(recompile_limit=256):
             for _ in range(ROUNDS):
                 with kit.using(name):
