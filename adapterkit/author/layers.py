@@ -256,10 +256,20 @@ def _norm_before(
                 return norm, norm.given
             if at == base:
                 return None, at
-            if graph.nodes[at].op not in MOVES | {"dropout"} or graph.nodes[at].inputs[0] not in stream:
+            before = _unmoved(graph, at)
+            if before not in stream:
                 break
-            at = graph.nodes[at].inputs[0]
+            at = before
     return None, entered[0] if entered else base
+
+
+def _unmoved(graph: Graph, value: int) -> int:
+    """What a value was before it was moved, or its padding made zero by a mask; -1: the value is new."""
+    node = graph.nodes[value]
+    if node.op in MOVES | {"dropout"}:
+        return node.inputs[0]
+    states = [one for one in node.inputs if graph.nodes[one].floating]
+    return states[0] if node.op == "mul" and len(states) == 1 < len(node.inputs) else -1
 
 
 def _is_norm_in(graph: Graph, norm: Call, layer: Call) -> bool:

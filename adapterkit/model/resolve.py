@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from adapterkit.errors import Problem, ResolveError, SpecError, did_you_mean, listing
 from adapterkit.model.bind import add_place, add_slot
-from adapterkit.model.blueprint import Blueprint, Head, StackInfo
+from adapterkit.model.blueprint import Blueprint, Head, Slot, StackInfo
 from adapterkit.model.heads import find_heads, find_loose
 from adapterkit.model.repeat import Layers
 from adapterkit.model.scope import ITSELF, Draft, Found, Here, Scope
@@ -294,7 +295,7 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
         path=root.path,
         num_layers=len(layers),
         layers=tuple(module for _, module in layers),
-        inputs=stack.inputs,
+        inputs=stack.inputs.of(_arguments(draft.places.get(f"{address}.entry", root))),
         parallel=_is_parallel(here, stack),
         reads=stack.reads,
         by_default=scope.by_default and stack.by_default,
@@ -305,6 +306,12 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
         head_dims=draft.head_dims,
     )
     return info, draft
+
+
+def _arguments(entry: Slot | Found) -> Container[str]:
+    """What the class of a module takes, without the adapters that may be there."""
+    kind = type(entry.module)
+    return inspect.signature(getattr(kind, "_adapterkit_base", kind).forward).parameters
 
 
 def _is_parallel(here: Here, stack: Stack) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, Self
@@ -348,11 +349,19 @@ class Inputs(Model):
         default_factory=dict,
         description="axis of the batch, where it is not the first; also of what attention is called with",
     )
+    was: dict[Literal["ids", "embeds", "mask", "positions"], str] = Field(
+        default_factory=dict, description="word: name of the argument where another version has not this one"
+    )
 
     @model_validator(mode="after")
     def _masked(self) -> Self:
         _check_mask(self.mask, self.mask_hides)
         return self
+
+    def of(self, takes: Container[str]) -> Inputs:
+        """With the names of an entry that takes these arguments."""
+        other = {word: name for word, name in self.was.items() if getattr(self, word) not in takes}
+        return self.model_copy(update={word: name for word, name in other.items() if name in takes})
 
 
 class Reads(Model):

@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+import adapterkit as ak
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.resolve import resolve
 from adapterkit.spec import registry
@@ -160,6 +161,14 @@ def batch_and_kernel(found: Blueprint, model: nn.Module) -> None:
     assert info.inputs.batch == {"position_ids": "none"}
 
 
+def other_names(found: Blueprint, model: nn.Module) -> None:
+    """The newer name goes first; what the entry takes under neither keeps it."""
+    names = found.stacks["decoder"].inputs
+    assert (names.ids, names.mask, names.positions) == ("tokens", "seen", "places")
+    model = ak.attach(model, "lora[targets=up, r=2]", interface=found.interface).model
+    assert resolve(model, found.interface).stacks["decoder"].inputs == names
+
+
 def copy_with_changes(found: Blueprint, model: nn.Module) -> None:
     assert "encoder.0.attention.tail" not in found.places
     assert found.places["encoder.0.mlp.tail"].module is model.encoder.layer[0].output.dropout
@@ -223,6 +232,7 @@ CONSTRUCTS: dict[str, tuple[str, Check, str]] = {
         batch_and_kernel,
         "batch kernel method args eager ids embeds mask positions aligned",
     ),
+    "arguments that have another name in another version": ("model-renamed-inputs.yaml", other_names, "was"),
     "parts": ("model-encoder_decoder-parts.yaml", parts, "parts by_default config reads"),
     "like an interface, null removes": ("model-bert-like.yaml", copy_with_changes, "like unsupported"),
     "how a tiny model is made": ("model-bert-tiny.yaml", nothing_of_models, "tiny inputs shape below values"),

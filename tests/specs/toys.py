@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Attention(nn.Module):
@@ -140,6 +140,17 @@ def bank() -> nn.Module:
     return Toy(*(Block(Attention(), nn.Bilinear(8, 8, 8), own=nn.Linear(8, 8)) for _ in range(2)))
 
 
+class Renamed(Toy):
+    """Its forward has an argument of an older name."""
+
+    def forward(self, tokens: Tensor, seen: Tensor, steps: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def renamed() -> nn.Module:
+    return Renamed(Block(Attention(), Mlp()))
+
+
 TOYS: dict[str, Callable[[], nn.Module]] = {
     make.__name__: make
     for make in (
@@ -156,5 +167,6 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
         parallel,
         towers,
         bank,
+        renamed,
     )
 }
