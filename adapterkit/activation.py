@@ -23,7 +23,7 @@ from adapterkit.composition import (
     examples,
     names,
 )
-from adapterkit.composition.rules import blocks, first
+from adapterkit.composition.rules import blocks, first, parts
 from adapterkit.errors import CompositionError, NotAttachedError, Problem
 from adapterkit.inject import entry, lanes
 from adapterkit.meaning import refuse_no_first, refuse_undefined, refuse_uneven
@@ -45,6 +45,7 @@ class Place(NamedTuple):
 
 
 Steps = dict[Place, tuple[Step, ...]]
+Heads = dict[Place, Step]
 _FIELDS = {"entry": "entry", "input": "inputs", "kernel": "kernel", "held": "held", "output": "outputs"}
 _HEAD = "instead"
 _AROUND = "around"
@@ -351,29 +352,51 @@ class _Compiler:
                 found.setdefault(place, {})[helper.key] = None
         return {place: tuple(keys) for place, keys in found.items()}
 
-    def heads(self, setup: Setup) -> dict[Place, Step]:
+    def heads(self, setup: Setup) -> Heads:
         """Heads and poolers of the adapter that acts last, or of every lane its own."""
+        sizes, found = [], []
+        for size, part in parts(setup):
+            sizes.append(size)
+            found.append(self._heads(part, {}))
+        return found[0] if len(found) == 1 else _beside("rows", found, tuple(sizes))
+
+    def _heads(self, setup: Setup, before: Heads) -> Heads:
+        """The same of a part of the batch. Where Route takes none, those of what acts before it stay."""
         if isinstance(setup, str):
             adapter = self.adapters[setup]
             placed = [adapter.injection.by_address[address] for address in (*adapter.heads, *adapter.poolers)]
             return {Place(path, _HEAD, 0): key for path, key in placed}
+        if isinstance(setup, Stack):
+            for child in setup.children:
+                before = self._heads(child, before)
+            return before
+        if isinstance(setup, Fuse):
+            return self._heads(setup.children[-1], before)
         if isinstance(setup, Split):
-            return self.heads([c for c, size in zip(setup.children, setup.splits, strict=True) if size][-1])
-        if not isinstance(setup, Parallel | BatchSplit | Route | MultiTask | Average):
-            return self.heads(setup.children[-1])
+            acting = [c for c, size in zip(setup.children, setup.splits, strict=True) if size]
+            return self._heads(acting[-1], before)
         kind, numbers = _kind(setup)
-        children = [self.heads(child) for child in setup.children]
+        children = [self._heads(child, before) for child in setup.children]
         if isinstance(setup, Average):
             children, numbers = _shared_out(children, numbers)
             if len(children) == 1:
                 return children[0]
-        found: dict[Place, Step] = {}
-        for place in dict.fromkeys(place for child in children for place in child):
-            own = tuple((child[place],) if place in child else () for child in children)
-            inner = [step for lane in own for step in lane if isinstance(step, Lanes)]
-            reads = [key for step in inner for key in (*step.reads, lanes.INDEX.get(step.kind)) if key]
-            found[place] = Lanes(kind, own, numbers, tuple(dict.fromkeys(reads)))
-        return found
+        return _beside(kind, children, numbers, before if kind == "route" else {})
+
+
+def _beside(kind: str, own: Sequence[Heads], numbers: tuple[float, ...], rest: Heads | None = None) -> Heads:
+    """Heads of every lane.
+
+    Args: rest: those of examples that take no lane.
+    """
+    found: Heads = {}
+    rest = rest or {}
+    for place in dict.fromkeys(place for heads in (*own, rest) for place in heads):
+        *sides, none = (((heads[place],) if place in heads else ()) for heads in (*own, rest))
+        inner = [step for side in (*sides, none) for step in side if isinstance(step, Lanes)]
+        reads = [key for step in inner for key in (*step.reads, lanes.INDEX.get(step.kind)) if key]
+        found[place] = Lanes(kind, tuple(sides), numbers, tuple(dict.fromkeys(reads)), none=none)
+    return found
 
 
 def _within_lanes(step: Lanes, inner: Lanes | None, reads: tuple[str, ...]) -> Lanes:
@@ -424,9 +447,7 @@ def _apart(kind: str, own: tuple[tuple[Step, ...], ...]) -> list[tuple[tuple[Ste
     return [tuple(lane[i : i + 1] for lane in own) for i in range(counts.pop())]
 
 
-def _shared_out(
-    heads: Sequence[dict[Place, Step]], shares: Sequence[float]
-) -> tuple[list[dict[Place, Step]], tuple[float, ...]]:
+def _shared_out(heads: Sequence[Heads], shares: Sequence[float]) -> tuple[list[Heads], tuple[float, ...]]:
     """Heads of which a mean is taken, with their shares; what is missing to 1 is that of the model's own."""
     pairs = [(own, share) for own, share in zip(heads, shares, strict=True) if share]
     rest = 1.0 - sum(shares)

@@ -30,6 +30,8 @@ class Lanes(NamedTuple):
     """Key of the fusion that puts together what the lanes give."""
     block: int = 0
     """Number of the block where its lanes run one at a time around some cores, else 0."""
+    none: tuple[Step, ...] = ()
+    """What an example has that takes no lane: a head."""
 
 
 class Around(NamedTuple):

@@ -7,7 +7,8 @@ example.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from adapterkit.composition.blocks import (
     BatchSplit,
@@ -59,6 +60,41 @@ def copies(setup: Setup | None) -> int:
     if isinstance(setup, Stack):
         return max(map(copies, setup.children))
     return 1
+
+
+def parts(setup: Setup) -> list[tuple[int, Setup]]:
+    """What acts on each part of the repeated batch, one after another: its examples, and a setup that neither
+    repeats the batch nor cuts it into groups of a fixed size.
+
+    Without such groups each copy of the batch is a part, of 1.
+    """
+    number = examples(setup) or 1
+    return [part for each in _each_copy(setup) for part in _groups(each, number)]
+
+
+def _each_copy(setup: Setup) -> list[Setup]:
+    if isinstance(setup, Parallel):
+        return [each for child in setup.children for each in _each_copy(child)]
+    if isinstance(setup, Stack):
+        own = [_each_copy(child) for child in setup.children]
+        return [_with(setup, [each[i % len(each)] for each in own]) for i in range(copies(setup))]
+    return [setup]
+
+
+def _groups(setup: Setup, number: int) -> list[tuple[int, Setup]]:
+    if not isinstance(setup, Block) or not any(isinstance(block, BatchSplit) for block in blocks(setup)):
+        return [(number, setup)]
+    if isinstance(setup, BatchSplit):
+        sized = zip(setup.children, setup.batch_sizes, strict=True)
+        return [group for child, size in sized if size for group in _groups(child, size)]
+    own = [[part for size, part in _groups(child, number) for _ in range(size)] for child in setup.children]
+    alike = groupby(zip(*own, strict=True))
+    return [(len(list(same)), _with(setup, children)) for children, same in alike]
+
+
+def _with(block: Block, children: Iterable[Setup]) -> Block:
+    """The same block of others."""
+    return type(block)(*children, **block.options())
 
 
 def check(setup: Setup | None) -> None:

@@ -255,8 +255,8 @@ def joined(cut: Cut, parts: Sequence[Any]) -> Any:
 
 
 def with_none(step: Lanes, cut: Cut) -> list[tuple[Step, ...]]:
-    """The lanes, and where the batch may take none, one without steps."""
-    return [*step.lanes, ()] if step.kind in INDEX else list(step.lanes)
+    """The lanes, and where the batch may take none, one for that."""
+    return [*step.lanes, step.none] if step.kind in INDEX else list(step.lanes)
 
 
 def idle(lane: int, cut: Cut) -> bool:

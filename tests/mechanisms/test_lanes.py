@@ -448,6 +448,52 @@ def test_every_lane_has_its_own_head() -> None:
     assert torch.equal(stacked, under(kit, given, ak.Stack("b", "a"), {}))
 
 
+S = ak.Stack
+NESTED: list[tuple[Setup, dict[str, Any], list[Setup]]] = [
+    (S("b", ak.Route("a", "c")), {"rows": [0, -1, 1]}, [S("b", "a"), "b", S("b", "c")]),
+    (
+        S(ak.Parallel("a", "b"), ak.BatchSplit("c", "d", batch_sizes=[1, 2])),
+        {},
+        [S(one, two) for one in "ab" for two in "cdd"],
+    ),
+    (
+        S(ak.BatchSplit("a", "b", batch_sizes=[2, 1]), ak.Route("c", "d")),
+        {"rows": [-1, 0, -1]},
+        ["a", S("a", "c"), "b"],
+    ),
+    (
+        S(ak.Parallel("a", "b"), ak.BatchSplit("c", ak.Route("d", "a"), batch_sizes=[1, 2])),
+        {"rows": [0, -1, 1]},
+        [S("a", "c"), "a", S("a", "a"), S("b", "c"), "b", S("b", "a")],
+    ),
+    (
+        S(ak.MultiTask("a", "b"), ak.Route("c", "d")),
+        {"rows": [0, -1, 1], "task_ids": [0, 1, 1]},
+        [S("a", "c"), "b", S("b", "d")],
+    ),
+]
+"""A setup of three examples, and what acts on each row of the output."""
+
+
+@pytest.mark.parametrize(
+    ("setup", "rows", "alone", "compiling"),
+    [(*case, False) for case in NESTED] + [(*case, True) for case in NESTED[:1]],
+    ids=str,
+)
+def test_blocks_in_a_stack_have_the_heads_of_each_example(
+    setup: Setup, rows: dict[str, Any], alone: list[Setup], compiling: bool
+) -> None:
+    torch._dynamo.reset()
+    model, kit, given = scene("bert", "BertForSequenceClassification")
+    called: Any = torch.compile(model, backend="eager", fullgraph=True) if compiling else model
+    with kit.using(setup, **rows):
+        found = run(called, given).view(len(alone), -1)
+    for index, acting in enumerate(alone):
+        one = {key: value[index % 3][None] for key, value in given.items()}
+        torch.testing.assert_close(found[index], under(kit, one, acting, {}), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_verify_and_status_know_setups() -> None:
     _, kit, given = scene()
     kit.activate(ak.Parallel("a", "c"))
