@@ -16,7 +16,11 @@ from tests.models import further
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 SINCE = Version(TRANSFORMERS_TESTED[1])
-"""Older versions name some modules otherwise, or call them in other ways: there the interfaces resolve."""
+OLDER = {
+    "gemma3n_text": "layers that take the keys of an earlier one have matrices for them, which nothing calls",
+    "jamba": "a matrix of the state space is called there, of which newer versions use the weight alone",
+}
+"""Types of which older versions do something else; they resolve there."""
 SLICE = (
     "altclip",  # two towers, with a norm behind one
     "clap",  # a tower that has no interface
@@ -37,7 +41,7 @@ def types() -> list[Any]:
 
 @pytest.mark.parametrize("model_type", types())
 def test_every_claim_holds(model_type: str) -> None:
-    if Version(transformers.__version__) < SINCE:
-        pytest.skip("the interfaces outside the table are written for newer versions")
+    if model_type in OLDER and Version(transformers.__version__) < SINCE:
+        pytest.skip(OLDER[model_type])
     record = sweep.look((sweep.TYPE, model_type), methods=False)
     assert (record["state"], record["facts"]) == ("holds", [])
