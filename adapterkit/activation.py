@@ -298,7 +298,11 @@ class _Compiler:
             for (path, _), (unit, slot) in self.units.items()
             if f"{path}.".startswith(f"{place.path}.")
         ]
-        reads = tuple(dict.fromkeys(key for unit, _ in inside for key in unit.per_example))
+        # the rows as well: a block inside, none of whose units is called in parts, asks for them all the same
+        reads = (
+            *dict.fromkeys(key for unit, _ in inside for key in unit.per_example),
+            *lanes.INDEX.values(),
+        )
         found = sorted(
             (step for step in steps if isinstance(step, Lanes)), key=lambda step: _ROW_WISE.index(step.kind)
         )

@@ -50,6 +50,8 @@ def scene(row: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, ak.K
         Stack(Route("a", "c"), Parallel("c", "d")),
         Average("a", Route("b", "d"), weights=[1, 3]),
         BatchSplit("a", Route("c", "b"), batch_sizes=[1, 3]),
+        BatchSplit("a", Route("b", "d"), batch_sizes=[1, 3]),
+        Parallel("a", BatchSplit(Route("b", "d"), "a", batch_sizes=[1, 3])),
         Parallel(BatchSplit("a", "d", batch_sizes=[0, 4]), MultiTask("a", "c")),
     ],
     ids=repr,
