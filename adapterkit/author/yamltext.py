@@ -37,7 +37,7 @@ def _beside(data: Words, notes: Notes) -> dict[Loc, list[str]]:
     found: dict[Loc, list[str]] = {}
     for loc, text in notes.remarks:
         near = max((line for line in lines if line == loc[: len(line)]), key=len)
-        is_named = near == loc or loc[-1] in text
+        is_named = near == loc or re.search(rf"\b{re.escape(loc[-1])}\b", text)
         found.setdefault(near, []).append(text if is_named else f"{_place(loc[len(near) :])}{text}")
     return found
 

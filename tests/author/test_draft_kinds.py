@@ -302,7 +302,7 @@ def test_every_remark_stands_in_the_file_also_where_its_word_does_not() -> None:
     places = ("stacks.encoder.inputs.mask", "stacks.encoder.pooler", "stacks.encoder.layers", "like", "heads")
     for place in places:
         notes.remark(tuple(place.split(".")), f"of {place.split('.')[-1]}")
-    notes.remark(("stacks", "encoder", "mlp"), "seen")
+    notes.remark(("stacks", "encoder", "mlp", "up"), "made of updates")
     data = {"adapterkit": 1, "stacks": {"encoder": {"inputs": {"ids": None}, "layers": "layer"}}}
     assert written(data, notes, "Model").splitlines()[2:] == [
         "# look at: of like",
@@ -310,7 +310,7 @@ def test_every_remark_stands_in_the_file_also_where_its_word_does_not() -> None:
         "adapterkit: 1",
         "stacks:",
         "  # of pooler",
-        "  # mlp: seen",
+        "  # mlp.up: made of updates",
         "  encoder:",
         "    # of mask",
         "    inputs: {ids: null}",
