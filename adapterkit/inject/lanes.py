@@ -229,7 +229,11 @@ def tensor_in(value: Any) -> Any:
         value = tuple(value.values())
     if not isinstance(value, tuple | list):
         return value if isinstance(value, T) else None
-    return next((found for item in value if (found := tensor_in(item)) is not None), None)
+    for item in value:
+        found = tensor_in(item)
+        if found is not None:
+            return found
+    return None
 
 
 def joined(cut: Cut, parts: Sequence[Any]) -> Any:

@@ -273,6 +273,9 @@ def check_unwrapped(module: nn.Module, path: str) -> None:
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
     # past `nn.Module`, which would look at the class for what it may be
     object.__setattr__(module, "__class__", cls)
+    # a compiler may look at a module again only where a dictionary of it has changed, and take the old graph
+    module.__dict__[CHILD] = None
+    del module.__dict__[CHILD]
     if "_old_forward" in module.__dict__:
         # accelerate was there first: its wrapper calls the forward that it remembers
         module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
