@@ -179,6 +179,10 @@ def _make(name: str, given: dict[str, Any]) -> MethodConfig:
         message = f"there is no method {name!r}"
         hint = did_you_mean(name, known)
         raise ConfigError(Problem("unknown-method", message, "", f"one of {listing(known, 40)}", hint))
+    if "configs" in options and given.keys() - {"configs"}:
+        parts = "|".join(map(str, options["configs"]))
+        message = f"{name} has no options of its own"
+        raise ConfigError(Problem("unknown-option", message, "", f"options of its parts: {parts!r}"))
     return validate(config, {**options, **given})
 
 
