@@ -85,11 +85,12 @@ class Pattern:
 
     def fits(self, here: Here, modules: list[nn.Module], *, anew: bool) -> bool:
         """Whether binding would find the same. Args: anew: the config has not been asked yet."""
-        return all(
-            question(here.config if number is None else modules[number], name) == answer
-            for number, question, name, answer in self.asked
-            if anew or number is not None
-        )
+        for number, question, name, answer in self.asked:
+            if anew or number is not None:
+                found = question(here.config if number is None else modules[number], name)
+                if found != answer or type(found) is not type(answer):  # 1 is no True
+                    return False
+        return True
 
     def bind(self, here: Here, modules: list[nn.Module]) -> None:
         """Bind a layer in the same way."""

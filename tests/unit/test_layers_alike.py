@@ -114,6 +114,35 @@ def test_what_the_config_decides_is_asked_again() -> None:
         assert blueprint.stacks["encoder"].sizes["encoder.0.attention"] == (many, many)
 
 
+def test_one_is_not_true() -> None:
+    spec = registry.load(
+        {
+            "adapterkit": 1,
+            "stacks": {
+                "encoder": {
+                    "layers": "layers",
+                    "attention": {
+                        "core": ".",
+                        "q": {"path": "q", "when": {"own": True}},
+                        "v": "v",
+                        "out": ".",
+                    },
+                }
+            },
+        }
+    )
+
+    def build(own: Any) -> nn.Module:
+        model, layer = nn.Module(), nn.Module()
+        model.config = SimpleNamespace(own=own)
+        layer.q, layer.v = nn.Linear(4, 4), nn.Linear(4, 4)
+        model.layers = nn.ModuleList([layer])
+        return model
+
+    assert "encoder.0.attention.q" in resolve(build(True), spec).slots
+    refused(ak.errors.ResolveError, "present", resolve, build(1), spec)
+
+
 def test_a_factor_is_that_of_the_layer_at_hand() -> None:
     attention = {"core": ".", "q": "q", "v": "v", "out": ".", "scale": "factor"}
     spec = registry.load(
