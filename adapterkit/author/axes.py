@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+
+import torch
 
 from adapterkit.author.graph import Graph
 from adapterkit.spec.terms import Batch
 
 Shape = tuple[int, ...]
+
+
+def examples(inputs: Iterable[torch.Tensor]) -> int:
+    """B: the first axis of most inputs, or of the first: the patches of all images may lie in one axis."""
+    found = Counter(tensor.shape[0] for tensor in inputs if tensor.ndim)
+    return max(found, key=lambda rows: found[rows], default=1)
 
 
 def axis_of(pairs: Iterable[tuple[Shape, Shape]]) -> Batch | None:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from adapterkit.author.attention import Attention
+from adapterkit.author.axes import examples
 from adapterkit.author.fusedrows import Rows
 from adapterkit.author.gated import feeding, halves
 from adapterkit.author.graph import Call, Graph, Projection
@@ -44,8 +46,8 @@ class Scene:
 
     @property
     def batch(self) -> int:
-        """B, as the first input has it."""
-        return next((v.shape[0] for v in self.inputs.values() if hasattr(v, "shape") and v.dim()), 1)
+        """B, as most inputs have it."""
+        return examples(value for value in self.inputs.values() if isinstance(value, torch.Tensor))
 
     @property
     def rows(self) -> Rows:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.author.axes import examples
 from adapterkit.author.observe import Observation, observe
 from adapterkit.author.recorder import Edit, Enter, tensors
 
@@ -50,8 +51,8 @@ class Scene:
 
     @cached_property
     def rows(self) -> int:
-        """B, as the first input has it."""
-        return next((tensor.shape[0] for tensor in tensors(self.inputs) if tensor.ndim), 1)
+        """B, as most inputs have it."""
+        return examples(tensors(self.inputs))
 
     @cached_property
     def shorter(self) -> Observation | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.author import draft as drafting
+from adapterkit.author.axes import examples
 from adapterkit.author.describe import Notes
 from adapterkit.author.draft import Draft
 from adapterkit.author.prove import prove_method
@@ -317,3 +318,10 @@ def test_every_remark_stands_in_the_file_also_where_its_word_does_not() -> None:
         "    # of layers",
         "    layers: layer",
     ]
+
+
+def test_examples_are_counted_by_most_inputs() -> None:
+    patches, grid, ids = torch.zeros(32, 4), torch.zeros(2, 3), torch.zeros(2, 7)
+    assert examples([patches, grid, ids]) == 2
+    assert examples([patches, ids]) == 32
+    assert examples([torch.tensor(1.0)]) == examples([]) == 1
