@@ -10,7 +10,8 @@ import pytest
 
 import adapterkit as ak
 from adapterkit.errors import FileFormatError
-from adapterkit.files.adapterhub.setup import refusals, repeated
+from adapterkit.files.adapterhub.setup_options import repeated
+from adapterkit.files.adapterhub.setup_refusals import refusals
 from adapterkit.files.content import Content
 from adapterkit.methods.names import parse
 from tests.models import tiny

@@ -28,7 +28,8 @@ from adapterkit.composition import (
 from adapterkit.errors import Problem, listing
 from adapterkit.files.adapterhub import fusion, reader, writing
 from adapterkit.files.adapterhub.places import hub_of
-from adapterkit.files.adapterhub.setup import CONFIG, methods_of, setup_in, together
+from adapterkit.files.adapterhub.setup import CONFIG, setup_in, together
+from adapterkit.files.adapterhub.setup_refusals import methods_of
 from adapterkit.files.adapterhub.spelling import unsaid
 from adapterkit.files.content import Bundle, Content
 from adapterkit.files.disk import read_json, replaced, to_json
