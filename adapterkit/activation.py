@@ -382,7 +382,7 @@ class _Compiler:
         kind, numbers = _kind(setup)
         children = [self._heads(child, before) for child in setup.children]
         if isinstance(setup, Average):
-            children, numbers = _shared_out(children, numbers)
+            children, numbers = _shared_out(children, numbers, before)
             if len(children) == 1:
                 return children[0]
         return _beside(kind, children, numbers, before if kind == "route" else {})
@@ -451,9 +451,11 @@ def _apart(kind: str, own: tuple[tuple[Step, ...], ...]) -> list[tuple[tuple[Ste
     return [tuple(lane[i : i + 1] for lane in own) for i in range(counts.pop())]
 
 
-def _shared_out(heads: Sequence[Heads], shares: Sequence[float]) -> tuple[list[Heads], tuple[float, ...]]:
-    """Heads of which a mean is taken, with their shares; what is missing to 1 is that of the model's own."""
+def _shared_out(
+    heads: Sequence[Heads], shares: Sequence[float], before: Heads
+) -> tuple[list[Heads], tuple[float, ...]]:
+    """Heads of which a mean is taken, with their shares; what is missing to 1 is that of the one before."""
     pairs = [(own, share) for own, share in zip(heads, shares, strict=True) if share]
     rest = 1.0 - sum(shares)
-    pairs += [({}, rest)] if abs(rest) > 1e-9 else []
+    pairs += [(before, rest)] if abs(rest) > 1e-9 else []
     return [own for own, _ in pairs], tuple(share for _, share in pairs)
