@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
+from torch._C._dynamo.guards import dict_version
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import adapterkit as ak
@@ -98,6 +100,19 @@ def test_layers_that_are_compiled_one_by_one() -> None:
     assert torch.equal(run(model, given), run(adapted, given))
     kit.detach()
     assert torch.equal(run(model, given), bare)
+
+
+def test_who_watches_dictionaries_sees_that_a_module_became_a_site() -> None:
+    """Torch 2.11 looks at the class of a module again only where a dictionary of it has changed."""
+    model = tiny.build("llama")
+    hosts = [layer.self_attn.q_proj for layer in model.layers]
+    versions = [[dict_version(host.__dict__) for host in hosts]]
+    kit = attach(model)
+    versions.append([dict_version(host.__dict__) for host in hosts])
+    kit.detach()
+    versions.append([dict_version(host.__dict__) for host in hosts])
+    for before, after in pairwise(versions):
+        assert all(old != new for old, new in zip(before, after, strict=True))
 
 
 def test_the_same_plan_is_compiled_once() -> None:

@@ -7,7 +7,7 @@ Run where there is one: pytest -m "" tests/mechanisms/test_cuda_setups.py
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,16 @@ def under(kit: ak.Kit, setup: Setup | str | None, given: dict[str, Tensor], rows
         return fields(kit, given)
 
 
-def every() -> Iterator[Any]:
-    for row in tiny.ROWS:
-        for method in METHODS:
-            marks = [] if row in FEW else [pytest.mark.full]
-            yield pytest.param(row, method, marks=marks, id=f"{row}-{method}")
+def each(rows: Iterable[str], methods: Iterable[str]) -> list[Any]:
+    """Rows and methods; by default of a few rows."""
+    return [
+        pytest.param(row, method, marks=[] if row in FEW else [pytest.mark.full], id=f"{row}-{method}")
+        for row in rows
+        for method in methods
+    ]
 
 
-@pytest.mark.parametrize(("row", "method"), list(every()))
+@pytest.mark.parametrize(("row", "method"), each(tiny.ROWS, METHODS))
 def test_setups_give_the_numbers_of_the_cpu(row: str, method: str) -> None:
     case = SetupCase(row, tiny.classes(row)[0], method, "")
     kit, given = case.kit(), case.batch()
@@ -93,15 +95,10 @@ def square(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
     return tiny.output(model(**given)).square().mean()
 
 
-def generating() -> Iterator[Any]:
-    for row in tiny.ROWS:
-        for method in ("lora", "prefix_tuning_flat", "prompt_tuning", "loreft", "seq_bn_inv"):
-            if matrix.generating(row):
-                marks = [] if row in FEW else [pytest.mark.full]
-                yield pytest.param(row, method, marks=marks, id=f"{row}-{method}")
+GENERATED = ("lora", "prefix_tuning_flat", "prompt_tuning", "loreft", "seq_bn_inv")
 
 
-@pytest.mark.parametrize(("row", "method"), list(generating()))
+@pytest.mark.parametrize(("row", "method"), each(filter(matrix.generating, tiny.ROWS), GENERATED))
 def test_generation_gives_the_logits_of_the_cpu(row: str, method: str) -> None:
     case = SetupCase(row, matrix.generating(row)[0], method, "")
     kit, given = case.kit(), case.batch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -296,3 +297,18 @@ def test_a_bias_that_cannot_be_shifted() -> None:
         assert caught.value.code == "uneven-bias"
     kit.activate("a")
     model(**given)
+
+
+def test_a_config_that_a_core_is_given_later_is_its_own() -> None:
+    """Between its calls a core shows its config itself, also a new one, and keeps it without adapters."""
+    model = tiny.build("llama")
+    core = model.layers[0].self_attn
+    kit = ak.attach(model, "prefix_tuning_flat[prefix_length=3]")
+    assert core.config is model.config
+    other = copy.deepcopy(model.config)
+    core.config = other
+    assert core.config is other
+    twin = copy.deepcopy(model).layers[0].self_attn
+    assert twin.config is not other and twin.config.to_dict() == other.to_dict()
+    kit.detach()
+    assert core.config is other
