@@ -190,17 +190,13 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
 
     def add(place: Slot | None, word: str, make: Callable[[], nn.Module], acts_on: Any = "entry") -> None:
         if place is not None:
-            phase = -2 if acts_on == "entry" else 6
+            phase = 0 if word == "put" else -2 if acts_on == "entry" else 6
             found.append(Helper(place, f"{own}__{word}", make, acts_on, phase, slot.address))
 
     if slot.role == "out":
-        found.append(
-            Helper(slot, f"{own}__put", partial(entering.PutBehind, acting), "output", 0, slot.address)
-        )
+        add(slot, "put", partial(entering.PutBehind, acting), "output")
     elif slot.role == "layer":
-        found.append(
-            Helper(slot, f"{own}__put", partial(entering.PutBefore, acting), "input", 0, slot.address)
-        )
+        add(slot, "put", partial(entering.PutBefore, acting), "input")
     strip = partial(Strip, stack)
     last = places[f"{stack}.{info.num_layers - 1}.layer"]
     in_layers = slot.role == "layer" or info.inputs.ids is None
