@@ -218,6 +218,24 @@ def redraw(model: nn.Module, seed: int) -> None:
 
 def _made(source: str, seed: int, given: Mapping[str, Any] | None) -> Tiny:
     """What a factory gives: a module, or a module and its inputs."""
+    model, inputs = from_factory(source, seed)
+    if inputs is None:
+        return _drawn(model, seed, given, source)
+    if not isinstance(inputs, Mapping):
+        raise _refused(source, f"beside the module it gives {type(inputs).__name__}", _FACTORY)
+    found = Tiny(model.eval(), {**inputs, **(given or {})})
+    try:
+        drawing.run(*found)
+    except Exception as error:  # models raise anything on what does not fit
+        raise _refused(source, f"it does not run on its inputs: {_told(error)}", _FACTORY) from error
+    return found
+
+
+def from_factory(source: str, seed: int = 0) -> tuple[nn.Module, Any]:
+    """The module that `module:function` gives, and what it gives beside it, None if that is all.
+
+    Raises: ConfigError: there is no such function, it fails, or gives something else.
+    """
     module, _, name = source.partition(":")
     try:
         factory: Callable[[], Any] = getattr(importlib.import_module(module), name)
@@ -230,19 +248,10 @@ def _made(source: str, seed: int, given: Mapping[str, Any] | None) -> Tiny:
         except Exception as error:  # code of others
             why = f"it is called without arguments, and raises {_told(error)}"
             raise _refused(source, why, _FACTORY) from error
-    model, inputs = made if isinstance(made, tuple) else (made, None)
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise _refused(source, f"it gives {type(model).__name__}, not a module")
-    if inputs is not None:
-        if not isinstance(inputs, Mapping):
-            raise _refused(source, f"beside the module it gives {type(inputs).__name__}", _FACTORY)
-        found = Tiny(model.eval(), {**inputs, **(given or {})})
-        try:
-            drawing.run(*found)
-        except Exception as error:  # models raise anything on what does not fit
-            raise _refused(source, f"it does not run on its inputs: {_told(error)}", _FACTORY) from error
-        return found
-    return _drawn(model, seed, given, source)
+        raise _refused(source, f"it gives {type(model).__name__}, not a module", _FACTORY)
+    return model, inputs
 
 
 def _drawn(model: nn.Module, seed: int, given: Mapping[str, Any] | None, name: str) -> Tiny:

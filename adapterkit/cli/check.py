@@ -38,7 +38,7 @@ def run(files: Sequence[str], model: str | None, require_model: bool) -> list[Ch
     """
     from adapterkit.cli import models  # it loads torch only when a model is made
 
-    target = models.on_meta(model) if model is not None else None
+    target = models.named(model) if model is not None else None
     if target is not None and not files:
         files = [_file_for(target)]
     gc.disable()  # all that is read is kept: looking for garbage would take a tenth of the time
@@ -124,7 +124,7 @@ def _verified_on_defaults(one: Checked) -> Checked:
     types = one.interface.model_type or ()
     for model_type in types:
         try:
-            targets.append(models.on_meta(model_type))
+            targets.append(models.named(model_type))
         except AdapterkitError as error:
             problems.append(
                 Problem("not-verified", error.problems[0].message, expected="--model", file=one.file)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from adapterkit.author import draft as author
-from adapterkit.cli import report
+from adapterkit.cli import models, report
 from adapterkit.errors import ConfigError, Problem
 
 
@@ -17,8 +17,7 @@ def run(model: str, output: str | None, like: bool, as_json: bool) -> bool:
     """
     if output is not None and Path(output).exists():
         raise ConfigError(Problem("unwritable", f"{output} exists, and may hold work of yours", "--output"))
-    if ":" in model:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` would find the module
+    models.see_here()
     found = author.draft(model, like=like)
     if as_json:
         report.as_json(found.to_dict())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from adapterkit.author.check import Report, check
-from adapterkit.cli import report
+from adapterkit.cli import models, report
 from adapterkit.cli.check import Checked
 from adapterkit.cli.report import Form
 from adapterkit.errors import AdapterkitError, Problem
@@ -18,6 +18,7 @@ from adapterkit.errors import AdapterkitError, Problem
 
 def run(found: Sequence[Checked], model: str | None) -> list[tuple[Checked, Report | None]]:
     """A report for each file that can be read; what hinders one is a problem of that file."""
+    models.see_here()
     done: list[tuple[Checked, Report | None]] = []
     for one in found:
         if one.interface is None:

@@ -33,7 +33,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="Directory with a config.json, model type, or hub id in the local cache."
+        metavar="MODEL",
+        help="Directory with a config.json, model type, hub id in the local cache, or module:function.",
     ),
 ]
 Interface = Annotated[
@@ -116,7 +117,7 @@ def check(
         bool,
         typer.Option(
             "--forward",
-            help="Run tiny models (of --model, which may also be module:function) and prove every claim.",
+            help="Run tiny models (of --model, if given) and prove every claim.",
         ),
     ] = False,
     require_model: Annotated[
@@ -204,7 +205,7 @@ def plan(
     from adapterkit.api import plan
     from adapterkit.cli import models, report
 
-    found = plan(models.on_meta(model), method, interface=interface, strict=not partial)
+    found = plan(models.named(model), method, interface=interface, strict=not partial)
     report.as_json(found.to_dict()) if json else typer.echo(str(found))
 
 

@@ -1,7 +1,8 @@
-"""MODEL of the command line -> a model on the meta device: modules and shapes, no weights, no network."""
+"""MODEL of the command line -> a model: of transformers' classes modules and shapes alone, and no network."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,28 @@ from adapterkit.errors import ConfigError, Problem, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-_EXPECTED = "a directory with config.json, a model type, or a hub id that is in the local cache"
+_EXPECTED = "a directory with config.json, a model type, a hub id in the local cache, or module:function"
 
 
-def on_meta(name: str) -> nn.Module:
-    """The model that `name` means, on the meta device.
+def see_here() -> None:
+    """Let modules in the working directory be imported, as with `python -m`."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def named(name: str) -> nn.Module:
+    """The model that `name` means; of transformers' classes one on the meta device.
 
     Args: name: a directory with config.json or a hub id in the cache gives the class that the config names;
-        a model type gives its base model with the default config.
-    Raises: ConfigError: there is no such model, or transformers cannot build it.
+        a model type gives its base model with the default config; `module:function` what the function gives.
+    Raises: ConfigError: there is no such model, or it cannot be built.
     """
+    if ":" in name and not Path(name).exists():
+        from adapterkit.author.tiny import from_factory
+
+        see_here()
+        return from_factory(name)[0]
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -17,7 +17,7 @@ from adapterkit.model.blueprint import Blueprint
 
 
 def run(name: str, interface: str | None, as_json: bool) -> None:
-    model = models.on_meta(name)
+    model = models.named(name)
     kit = kit_for(model, interface)
     methods = {method: _planned(kit, method) for method in ready()}
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -18,7 +18,7 @@ from adapterkit import __main__ as entry
 from adapterkit.spec import jsonschema, registry
 from adapterkit.versions import __version__
 from tests.cli.conftest import Ran
-from tests.models import tiny
+from tests.models import custom, tiny
 from tests.models.rows import ROWS
 
 Run = Callable[..., Ran]
@@ -152,6 +152,34 @@ def test_show_with_an_interface_of_ones_own(run: Run, tmp_path: Path) -> None:
     assert "error[path-not-found] stacks.mine.layers" in found.err
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("show {made} --interface {file}", "blocks"),
+        ("plan {made} lora --interface {file}", "encoder.attention.q"),
+        ("check {file} --model {made}", "TinyClassifier"),
+        ("check {file} --forward --model {made}", "11 of 11 methods proved"),
+        ("draft {made}", "layers: blocks"),
+    ],
+)
+def test_every_command_finds_a_function_in_the_working_directory(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, told: str
+) -> None:
+    """As the console script is called: there the working directory is not on the path."""
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(Path.cwd()))])
+    module = f"made_for_{command.split()[0]}_{len(command)}"
+    (tmp_path / f"{module}.py").write_text(f"from {custom.__name__} import TinyClassifier as make\n")
+    monkeypatch.chdir(tmp_path)
+    file = Path(custom.__file__).with_suffix(".yaml")
+    found = run(*(word.format(made=f"{module}:make", file=file) for word in command.split()))
+    assert found.code == 0 and told in found.out, (found.out, found.err)
+
+
+def test_a_function_that_is_not_there_is_told(run: Run) -> None:
+    found = run("show", "no_such_module:make")
+    assert found.code == 2 and "it cannot be imported: No module named 'no_such_module'" in found.err
+
+
 def test_plan_says_what_attach_would_do(run: Run) -> None:
     found = run("plan", "gpt2", "lora[r=4,targets=[q,v,up]]")
     assert found.code == 0
@@ -198,7 +226,7 @@ def test_a_hub_id_comes_from_the_local_cache_only(run: Run, monkeypatch: pytest.
     monkeypatch.setattr("socket.socket.connect", refuse)
     found = run("show", "nobody/no-such-model")
     assert found.code == 2
-    assert "hub id that is in the local cache" in found.err
+    assert "hub id in the local cache" in found.err
 
 
 def test_a_type_without_a_model_of_its_own_says_so(run: Run) -> None:
