@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,9 @@ class Column:
         reads = self._reads(others)
         self.out, self.reads = embeddings.get("embeddings", {}).get("out", ""), bool(reads)
         self.inputs = entry.get("inputs", {})
+        filler = self._filler(embeddings.get("embeddings", {}).get("table"))
+        if filler is not None:
+            entry["inputs"] = self.inputs = self.inputs | {"filler": filler}
         said |= embeddings | entry | reads
         said["layers"] = self.below(self._list_path()) if "*" not in self.facts.path else self._glob()
         said |= self._layers()
@@ -227,6 +231,22 @@ class Column:
             if name not in {*known, *aligned}
         ]
         return found | ({"aligned": aligned} if aligned else {})
+
+    def _filler(self, table: str | None) -> int | None:
+        """An id that makes room for prompts, where layers are told how many ids there are."""
+        graph, layer = self.scene.graph, self.facts.layers[0]
+        ids = self.given.get(str(self.inputs.get("ids", Inputs.model_fields["ids"].default)))
+        if table is None or ids is None or self.takes_embeddings:
+            return None
+        rows, length = graph.nodes[ids].shape
+        others = (graph.nodes[value].shape for _, value in layer.call.arguments if value != layer.given)
+        if not any(length in shape and math.prod(shape) != rows * length for shape in others):
+            return None  # a mask (B, T) is widened for the layers alone
+        padding = getattr(self.scene.modules[f"{self.root}.{table}".strip(".")], "padding_idx", None)
+        found = 1 if padding != 1 else 2
+        text = f"prompts are put in place of this id: {found} here, which the model should treat as any other"
+        self.notes.remark((*self.loc, "inputs", "filler"), text)
+        return found
 
     def _beside_ids(self, module: nn.Module, ids: str) -> list[str]:
         """Arguments with a whole number for every token that change what enters the layers, by trial."""

@@ -13,6 +13,7 @@ from adapterkit.author.observe import Observation
 from adapterkit.author.scene import Scene
 from adapterkit.author.seen import Seen
 from adapterkit.author.trial import Trial, token_shape
+from adapterkit.methods.entering import embeds_at
 from adapterkit.methods.flow import base_forward, entry_place
 from adapterkit.spec.schema import Inputs
 
@@ -40,6 +41,7 @@ def inputs(seen: Seen, scene: Scene) -> None:
         _positions(trial, str(names.positions))
     if names.embeds in takes and names.ids in takes:
         _embeds(trial, str(names.ids), str(names.embeds))
+    _filler(trial)
     _aligned(trial, takes)
     mask_claims.read_mask(trial, takes)
 
@@ -122,6 +124,22 @@ def _embeds(trial: Trial, ids: str, name: str) -> None:
         a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True)
     )
     seen.judge(close, trial.loc("embeds"), text, "its attention differs then")
+
+
+def _filler(trial: Trial) -> None:
+    """There is room to be made, and the id is one of the table."""
+    seen, filler = trial.seen, trial.seen.info.inputs.filler
+    if filler is None:
+        return
+    text = f"inputs.filler: no embedded tokens are taken, so that {filler} makes room for a prompt"
+    given = embeds_at(seen.blueprint, seen.info.address)
+    kind = type(given.module).__name__ if given is not None else ""
+    seen.judge(given is None, trial.loc("filler"), text, f"{kind} takes embedded tokens", "leave it out")
+    table = seen.place("embeddings.table")
+    rows = getattr(table.module, "num_embeddings", None) if table is not None else None
+    if rows is not None:
+        text = f"inputs.filler: {filler} is a row of the table"
+        seen.judge(filler < rows, trial.loc("filler"), text, f"there are {rows}", aspect="value")
 
 
 def _positions(trial: Trial, name: str) -> None:

@@ -46,11 +46,14 @@ class Column:
     merges: bool = False
     joined: str = ""
     """Two of them under one setup: Fuse or Parallel."""
+    hint: str = ""
+    """What the interface may lack where the model cannot run with it."""
 
 
 # smooth activations, so that no unit is dead by chance
 _SMOOTH = {"reduction_factor": 4, "non_linearity": "gelu"}
 _REFT = {"method": "loreft", "r": 2, "prefix_positions": 2, "suffix_positions": 2, "tied_weights": True}
+_ROOM = "where layers are given what is as long as the ids, an entry that takes ids alone needs 'filler'"
 COLUMNS: dict[str, Column] = {
     "lora": Column({"method": "lora", "targets": "all", "r": 2, "alpha": 4}, True, merges=True),
     "ia3": Column({"method": "ia3"}, True, merges=True),
@@ -58,7 +61,7 @@ COLUMNS: dict[str, Column] = {
     "bottleneck": Column({"method": "double_seq_bn", **_SMOOTH}, by_branch=True),
     "compacter": Column({"method": "compacter", **_SMOOTH, "phm_dim": 2}, by_branch=True),
     "prefix_tuning": Column({"method": "prefix_tuning", "prefix_length": 3, "bottleneck_size": 6}),
-    "prompt_tuning": Column({"method": "prompt_tuning", "prompt_length": 3}),
+    "prompt_tuning": Column({"method": "prompt_tuning", "prompt_length": 3}, hint=_ROOM),
     "reft": Column(_REFT),
     "invertible": Column({"method": "invertible", "non_linearity": "gelu"}),
     "fusion": Column({"method": "seq_bn", **_SMOOTH}, by_branch=True, joined="Fuse"),
@@ -103,10 +106,12 @@ class Verdict:
     """Those that were shown to hold."""
     reason: str = ""
     code: str = ""
+    hint: str = ""
+    """What the interface may lack."""
 
     def problem(self, file: str = "") -> Problem:
         """A broken law as a problem of the interface's file."""
-        return Problem("law-broken", self.reason, self.method, file=file)
+        return Problem("law-broken", self.reason, self.method, hint=self.hint, file=file)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,9 +144,8 @@ def prove_method(name: str, interface: Interface, scene: Scene, blueprint: Bluep
     except Exception as error:  # whatever a model raises when a method gets in its way
         own = {"start": column.starts_as_base, "apart": column.joined == "Parallel", "merge": column.merges}
         law = next(law for law in LAWS if law not in shown and own.get(law, True))
-        return Verdict(
-            name, "broken", tuple(shown), f"{LAWS[law]}: {type(error).__name__}: {str(error)[:300]}"
-        )
+        reason = f"{LAWS[law]}: {type(error).__name__}: {str(error)[:300]}"
+        return Verdict(name, "broken", tuple(shown), reason, hint=column.hint)
     return Verdict(name, "proved", tuple(shown))
 
 

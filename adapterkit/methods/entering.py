@@ -106,11 +106,20 @@ class Widen(nn.Module):
     Under a cache, the first step alone has room in it; later ones see the prompt among the keys, so that the
     mask is widened in every step and positions are moved. Real tokens keep their order; the prompt is put
     behind the padding on the left, or before it: then the model counts positions by itself, padding included.
+    A stack that takes ids alone is given more of them, whose embeddings the prompt replaces at the table.
     Raises: PlanError: there is a mask of another form than (B, T), or no position embedding for so many.
     """
 
-    def __init__(self, info: StackInfo, acting: Acting, table: nn.Module | None, move: bool) -> None:
+    def __init__(
+        self,
+        info: StackInfo,
+        acting: Acting,
+        table: nn.Module | None,
+        move: bool,
+        filler: int | None = None,
+    ) -> None:
         super().__init__()
+        self.filler = filler
         self.stack, self.inputs = info.address, info.inputs
         self.acting, self.offset, self.move = acting, acting.offset, move
         # in tuples, so that they are not registered a second time
@@ -158,6 +167,8 @@ class Widen(nn.Module):
             if given.get(name) is not None:
                 value = given[name]
                 given[name] = insert(value, value.new_zeros(1, count, *value.shape[2:]), index)
+        if self.filler is not None and ids is not None:
+            given[str(names.ids)] = insert(ids, ids.new_full((1, count), self.filler), index)
         if self.tables:
             embeds = self.tables[0](ids) if embeds is None else embeds
             given[str(names.embeds)] = self.acting.put(embeds, flow)
@@ -214,6 +225,20 @@ class Embed(nn.Module):
         given = given_arguments(module, args, kwargs)
         embeds = self.acting.module(given.pop(self.ids))
         return (), {**given, EMBEDS: self.acting.put(embeds, flow)}
+
+
+class PutOver(nn.Module):
+    """At a table that looks up a sequence in which room was made: put the prompt there."""
+
+    def __init__(self, stack: str, acting: Acting) -> None:
+        super().__init__()
+        self.stack, self.acting = stack, acting
+
+    def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
+        span: Span | None = flow_of(host).get(key(self.stack))
+        if span is None or not span.fresh:
+            return out
+        return self.acting.put(remove(out, span.index, span.count, 1), flow_of(host))
 
 
 class Narrow(nn.Module):

@@ -143,8 +143,8 @@ def _rows(slot: Slot, config: PromptTuningConfig, generator: torch.Generator | N
 def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
     """The module that keeps the vectors, by where they go in:
 
-    `tokens`: the table, whose output they join before the stack is entered; `out`: behind the embeddings;
-    `layer`: in front of the first layer.
+    `tokens`: the table, whose output they join before the stack is entered, or in place of that of fillers;
+    `out`: behind the embeddings; `layer`: in front of the first layer.
     Raises: PlanError: the embeddings are no module of their own, so that there is no place behind them.
     """
     info, address = blueprint.stacks[stack], f"{stack}.prompt"
@@ -163,7 +163,12 @@ def _host(blueprint: Blueprint, stack: str, config: PromptTuningConfig) -> Slot:
                 message = "positions are added outside the embeddings, so nothing can come in behind them"
                 raise PlanError(Problem("no-place-behind", message, address, "insert='embeds'"))
             return out.moved(address=address, role="out", shape=shapes[stack])
-        if inner is not None:
+        if inner is None and info.inputs.filler is not None:
+            size = getattr(table.module, "num_embeddings", None)
+            if size is not None and info.inputs.filler >= size:
+                message = f"'filler' of the interface is {info.inputs.filler}, but there are {size} tokens"
+                raise PlanError(Problem("no-vocabulary", message, address, f"an id below {size}"))
+        if inner is not None or info.inputs.filler is not None:
             return table.moved(address=address, role="tokens", shape=shapes[stack])
     elif info.inputs.ids is None and out is not None:
         return out.moved(address=address, role="out", shape=shapes[stack])
@@ -200,8 +205,14 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
     strip = partial(Strip, stack)
     last = places[f"{stack}.{info.num_layers - 1}.layer"]
     in_layers = slot.role == "layer" or info.inputs.ids is None
-    if slot.role == "tokens":
-        at = entering.embeds_at(blueprint, stack)
+    is_read = stack in read_stacks(blueprint)
+    at = entering.embeds_at(blueprint, stack)
+    if slot.role == "tokens" and at is None:
+        add(entry, "widen", partial(entering.Widen, info, acting, None, True, info.inputs.filler))
+        add(slot, "put", partial(entering.PutOver, stack, acting), "output")
+        if not config.keep_positions and not is_read:
+            add(places.get(f"{stack}.final_norm") or last, "strip", strip, "output")
+    elif slot.role == "tokens":
         assert at is not None
         table = slot.module if at.path == entry.path else None
         add(entry, "widen", partial(entering.Widen, info, acting, table, True))
@@ -223,7 +234,6 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
     for address, place in places.items():
         if place.stack == stack and place.role == "position_bias":
             add(place, _key("bias", address), partial(entering.WidenBias, stack), "output")
-    is_read = stack in read_stacks(blueprint)
     if not config.keep_positions:
         add(places.get(f"{stack}.pooler"), "pool", strip)
         if not is_read:

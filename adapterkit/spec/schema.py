@@ -344,6 +344,11 @@ class Inputs(Model):
         False, description="ones of the mask hide tokens, as in torch.nn.Transformer; else they show them"
     )
     positions: str | None = Field("position_ids", description="argument of positions; null: there is none")
+    filler: int | None = Field(
+        None,
+        ge=0,
+        description="an ordinary token id that makes room for prompts, where no embedded tokens are taken",
+    )
     aligned: Strings = Field((), description="further arguments with a value, or several, per token")
     batch: dict[str, Batch] = Field(
         default_factory=dict,

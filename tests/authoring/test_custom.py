@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import adapterkit as ak
+from adapterkit.author.draft import of_model
 from adapterkit.author.prove import COLUMNS, randomise
+from adapterkit.errors import PlanError
 from adapterkit.testing import prove
 from tests.authoring.custom import models, wrappers
 
 HERE = Path(__file__).parent / "custom"
 ROOT = Path(__file__).parents[2]
-NAMES = ("vision", "sloped", "rotary", "pair", "towers", "parallel")
+NAMES = ("vision", "sloped", "rotary", "closed", "pair", "towers", "parallel")
 WRAPPERS: dict[str, Callable[[], Any]] = {"bert": wrappers.sentences, "modernbert": wrappers.classifier}
 
 
@@ -103,6 +106,63 @@ def test_a_prefix_in_einsum_is_the_prefix_in_matmul() -> None:
         outs.append(model(**inputs).detach())
         assert not torch.allclose(before, outs[-1], atol=1e-3)
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("position", ["before", "after_first"])
+def test_a_prompt_in_place_of_fillers_is_a_prompt_among_embedded_tokens(padding: str, position: str) -> None:
+    """The same weights in the decoder that can be given embedded tokens, which are put together by hand."""
+    model, inputs = models.closed()
+    keep = torch.ones_like(inputs["ids"])
+    keep[1, {"none": slice(0), "right": slice(-2, None), "left": slice(2)}[padding]] = 0
+    inputs["keep"], targets = keep, inputs["targets"]
+    plain, _ = models.rotary()
+    config = f"prompt_tuning[prompt_length=3, position={position}]"
+    kit = ak.attach(model, config, interface=HERE / "closed.yaml", seed=0)
+    prompt = next(iter(kit["default"].parameters()))
+    at = [int(row.argmax()) + (position == "after_first") for row in keep]
+
+    def wider(rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.cat([r[:i], new, r[i:]]) for r, i in zip(rows, at, strict=True)])
+
+    vectors = wider(plain.tok(inputs["ids"]), prompt)
+    given = plain(vectors=vectors, keep=wider(keep, keep.new_ones(3)))["logits"]
+    wanted = torch.stack([torch.cat([r[:i], r[i + 3 :]]) for r, i in zip(given, at, strict=True)])
+    found = model(**inputs)
+    torch.testing.assert_close(found["logits"], wanted, rtol=1e-6, atol=1e-6)
+    loss = torch.nn.functional.cross_entropy(wanted.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(found["loss"], loss)
+    (ours,) = torch.autograd.grad(found["loss"], prompt, retain_graph=True)
+    (by_hand,) = torch.autograd.grad(loss, prompt)
+    torch.testing.assert_close(ours, by_hand, rtol=1e-5, atol=1e-7)
+
+
+def test_a_draft_makes_room_for_prompts_where_layers_are_told_of_the_length() -> None:
+    model, inputs = models.closed()
+    interface = of_model(model, inputs).interface
+    assert [stack.inputs.filler for stack in interface.stacks.values()] == [1]
+    (stack,) = of_model(*models.parallel()).interface.stacks.values()
+    assert stack.inputs.filler is None  # its layers are told of a mask (B, T) alone
+
+
+def test_a_filler_that_is_no_token_or_fills_nothing_is_refuted() -> None:
+    model, _ = models.closed()
+    text = (HERE / "closed.yaml").read_text(encoding="utf-8").replace("filler: 1", "filler: 50")
+    with pytest.raises(PlanError, match=r"\[no-vocabulary\](.|\n)*an id below 50"):
+        ak.attach(model, "prompt_tuning", interface=yaml.safe_load(text))
+    text = (HERE / "rotary.yaml").read_text(encoding="utf-8").replace("mask: keep", "mask: keep, filler: 1")
+    report = ak.check(ak.Interface.load(yaml.safe_load(text)), models.rotary)
+    assert [(p.address, p.expected) for p in report.problems] == [
+        ("stacks.decoder.inputs.filler", "Rotary takes embedded tokens")
+    ]
+
+
+def test_a_prompt_without_room_is_broken_with_a_hint() -> None:
+    text = (HERE / "closed.yaml").read_text(encoding="utf-8").replace(", filler: 1", "")
+    report = ak.check(ak.Interface.load(yaml.safe_load(text)), models.closed, methods=["prompt_tuning"])
+    (problem,) = report.problems
+    assert (problem.code, problem.address) == ("law-broken", "prompt_tuning")
+    assert "The size of tensor" in problem.message and problem.hint.endswith("needs 'filler'")
 
 
 def test_an_inverse_acts_before_the_vocabulary_that_the_interface_names() -> None:

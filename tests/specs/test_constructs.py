@@ -156,7 +156,7 @@ def batch_and_kernel(found: Blueprint, model: nn.Module) -> None:
     assert (kernel.method, kernel.args) == ("forward", ("q", "k", "v", "mask", "_"))
     assert info.eager["attention"] == "plain_attention"
     assert (info.inputs.ids, info.inputs.mask, info.inputs.embeds) == ("tokens", "hidden", "inputs_embeds")
-    assert info.inputs.mask_hides
+    assert info.inputs.mask_hides and info.inputs.filler == 3
     assert info.inputs.aligned == ("segments",)
     assert info.inputs.batch == {"position_ids": "none"}
 

@@ -1,4 +1,4 @@
-"""Six models as people write them, which know nothing of adapterkit. Each has a YAML beside it."""
+"""Models as people write them, which know nothing of adapterkit. Each has a YAML beside it."""
 
 from __future__ import annotations
 
@@ -230,6 +230,18 @@ class Rotary(nn.Module):
         return {"states": states, "logits": self.lm_head(states)}
 
 
+class Closed(Rotary):
+    """The same decoder, which takes ids alone and gives a loss."""
+
+    def forward(
+        self, ids: Tensor, keep: Tensor | None = None, targets: Tensor | None = None
+    ) -> dict[str, Tensor]:  # type: ignore[override]
+        found = super().forward(ids, keep=keep)
+        if targets is not None:
+            found["loss"] = F.cross_entropy(found["logits"].flatten(0, 1), targets.flatten())
+        return found
+
+
 # ---------------------------------------------------------------------------------------- encoder and decoder
 
 
@@ -440,6 +452,10 @@ def sloped() -> Made:
 
 def rotary() -> Made:
     return _drawn(Rotary), {"ids": _ids(), "keep": _keep()}
+
+
+def closed() -> Made:
+    return _drawn(Closed), {"ids": _ids(), "keep": _keep(), "targets": _ids()}
 
 
 def pair() -> Made:
