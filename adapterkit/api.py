@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.errors import NotAttachedError, PlanError, Problem
+from adapterkit.errors import ConfigError, NotAttachedError, PlanError, Problem
 from adapterkit.files import reader
 from adapterkit.kit import Head_, Kit, Method
 from adapterkit.members import ATTRIBUTE
@@ -21,7 +21,13 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel or a compiled wrapper."""
+    """The model inside DDP, DataParallel or a compiled wrapper.
+
+    Raises: ConfigError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        message = f"a model is a torch.nn.Module, not {type(model).__name__}"
+        raise ConfigError(Problem("not-a-module", message, "model", "such as AutoModel.from_pretrained(...)"))
     while ATTRIBUTE not in model.__dict__:
         inner = model._modules.get("_orig_mod") or (
             model._modules.get("module") if isinstance(model, _WRAPPERS) else None

@@ -86,14 +86,20 @@ class FileFormatError(AdapterkitError):
     """A file of adapter weights cannot be read exactly, or does not fit."""
 
 
-class NotAttachedError(AdapterkitError):
-    """There is no kit on this model, or no adapter of this name in it."""
+class NotAttachedError(AdapterkitError, KeyError):
+    """There is no kit on this model, or no adapter of this name in it; for a mapping that is a KeyError."""
+
+    __str__ = Exception.__str__  # a KeyError shows the repr of what it was given
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The hint line for a misspelt word, empty if nothing is near."""
-    near = get_close_matches(str(word)[:200], [name for name in known if name], n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else ""
+    word, same = str(word)[:200], {name: name for name in known if name}
+    for asked, names in (word, same), (word.casefold(), {name.casefold(): name for name in same}):
+        near = get_close_matches(asked, names, n=1, cutoff=0.6)
+        if near:
+            return f"did you mean {names[near[0]]!r}?"
+    return ""
 
 
 def listing(names: Iterable[str], limit: int = 12) -> str:

@@ -15,8 +15,8 @@ from adapterkit.methods.fusion import PRESETS, Fusion, FusionConfig
 from adapterkit.methods.names import validate
 
 
-def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> FusionConfig:
-    """The config of a fusion of these adapters.
+def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any] | FusionConfig) -> FusionConfig:
+    """The config of a fusion of these adapters: a preset, options, or a config whose children they are.
 
     Raises: ConfigError: unknown preset or option. PlanError: they have no place in common.
     """
@@ -25,6 +25,9 @@ def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any]) -> F
         message = f"there is no fusion config {config!r}"
         raise ConfigError(Problem("unknown-method", message, "config", f"one of {listing(PRESETS)}", hint))
     options = PRESETS[config] if isinstance(config, str) else dict(config)
+    if isinstance(config, FusionConfig):
+        for found in ("children", "places", "branch"):  # say which adapters they are, and where
+            del options[found]
     places = _all(adapters) if options.get("partial") else _common(adapters)
     if not places:
         names = listing(adapter.name for adapter in adapters)

@@ -26,7 +26,7 @@ from adapterkit.files import adapterhub, native, peft, reader, setups
 from adapterkit.files.assemble import assemble
 from adapterkit.files.content import Bundle
 from adapterkit.inject.batch import leave, refuse_override
-from adapterkit.inject.injector import cast, copy_head
+from adapterkit.inject.injector import cast, copy_head, dtype_named
 from adapterkit.liveness import Liveness, examine, trained
 from adapterkit.members import Members, Named
 from adapterkit.methods.base import MethodConfig
@@ -315,12 +315,16 @@ class Kit(Named):
         return self
 
     def to(
-        self, name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        self, name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
     ) -> Kit:
-        """Move the tensors of one adapter, and of those with which it shares some."""
+        """Move the tensors of one adapter, and of those with which it shares some.
+
+        Raises: PlanError: that is no type.
+        """
+        wanted = None if dtype is None else dtype_named(dtype)
         for member in self._groups.of(self[name].name):
             for module in self[member].modules().values():
-                module.to(device=device, dtype=dtype)
+                module.to(device=device, dtype=wanted)
         return self
 
     # -- fusion
@@ -328,17 +332,22 @@ class Kit(Named):
     def fuse(
         self,
         *names: Setup,
-        config: str | Mapping[str, Any] = "dynamic",
+        config: str | Mapping[str, Any] | FusionConfig = "dynamic",
         name: str | None = None,
         seed: int | None = None,
         trainable: bool = True,
     ) -> Kit:
         """Make the weights that `Fuse(*names)` needs, at every place where all of the fused have a unit.
 
-        Args: config: "dynamic", "static" or options. name: of the weights, 'a+b' if none is given.
+        Args: names: of the adapters, or one `Fuse` of them. config: "dynamic", "static", options or a config.
+            name: of the weights, 'a+b' if none is given.
         Raises: CompositionError, ConfigError, PlanError: nothing is changed then.
         """
-        setup = Fuse(*names, name=name)
+        match names:
+            case (Fuse() as whole,):
+                setup = Fuse(*whole.children, name=name or whole.name)
+            case _:
+                setup = Fuse(*names, name=name)
         self._members.check_name(setup.name, replace=False, fusion=True)
         made = fusing.config_of([self[child] for child in setup.fused], config)
         plan, draft = prepare(self.blueprint, made, setup.name, (), True, seed)
@@ -497,7 +506,7 @@ class Kit(Named):
 
     def save(
         self,
-        directory: str | Path,
+        dir: str | Path,
         name: str | None = None,
         *,
         setup: Setup | None = None,
@@ -511,19 +520,20 @@ class Kit(Named):
         """
         _check_word(head)
         if setup is not None:
-            return self._save_setup(Path(directory), name, setup, head, format)
+            return self._save_setup(Path(dir), name, setup, head, format)
         adapter = self[self._only(name)]
-        reader.refuse_hidden(Path(directory))
+        directory = Path(dir)
+        reader.refuse_hidden(directory)
         if format == "peft":
-            return peft.write(Path(directory), adapter, self.blueprint, head)
+            return peft.write(directory, adapter, self.blueprint, head)
         if format == "adapterhub":
             if isinstance(adapter.config, FusionConfig):
-                adapterhub.write_fusion(Path(directory), adapter, self._adapters, self.blueprint)
+                adapterhub.write_fusion(directory, adapter, self._adapters, self.blueprint)
             else:
-                adapterhub.write(Path(directory), adapter, self.blueprint, head)
-            return Path(directory)
+                adapterhub.write(directory, adapter, self.blueprint, head)
+            return directory
         if format == "adapterkit":
-            return native.write(Path(directory), adapter, self.blueprint, head)
+            return native.write(directory, adapter, self.blueprint, head)
         raise ConfigError(Problem("bad-option", f"{format!r} is no format that can be written", "format"))
 
     def _save_setup(self, directory: Path, name: str | None, setup: Setup, head: Head_, format: str) -> Path:
@@ -540,7 +550,7 @@ class Kit(Named):
         return write(directory, bundle, self._adapters, self.shared, self.blueprint, head)
 
     def swap(
-        self, name: str, source: str | Path, *, revision: str | None = None, allow_bin: bool = False
+        self, name: str, path: str | Path, *, revision: str | None = None, allow_bin: bool = False
     ) -> Kit:
         """Give an attached adapter the weights of a file, in place: nothing is compiled or traced again.
 
@@ -548,10 +558,10 @@ class Kit(Named):
         """
         self._refuse_merged("swap")
         found = reader.read(
-            source, self.blueprint, revision=revision, local_files_only=False, allow_bin=allow_bin
+            path, self.blueprint, revision=revision, local_files_only=False, allow_bin=allow_bin
         ).contents
         if len(found) != 1:
-            raise ConfigError(Problem("several-adapters", f"the file holds {len(found)} adapters", "source"))
+            raise ConfigError(Problem("several-adapters", f"the file holds {len(found)} adapters", "path"))
         self._groups.refuse_shared(name, "swap")
         swapping.swap(self[name], found[0], self.blueprint)
         return self

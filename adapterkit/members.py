@@ -31,7 +31,7 @@ class Named(Mapping[str, Adapter]):
         self._adapters = adapters
 
     def __getitem__(self, name: str) -> Adapter:
-        if name not in self._adapters:
+        if not isinstance(name, str) or name not in self._adapters:
             message, known = f"there is no adapter {name!r}", f"attached: {listing(self._adapters)}"
             hint = did_you_mean(name, self._adapters)
             raise NotAttachedError(Problem("no-such-adapter", message, "", known, hint))
@@ -95,10 +95,11 @@ class Members:
         self.top.program = programs.get(self.top.key)
 
     def exchange(self, old: Adapter | None, new: Adapter) -> None:
-        """Put an adapter in the place of another.
+        """Put an adapter in the place of another, also among the names.
 
         Raises: PlanError: a host cannot take it; the old one is there again, and no site has its program.
         """
+        order = list(self.adapters)
         if old is not None:
             self.take(old)
         try:
@@ -107,6 +108,10 @@ class Members:
             if old is not None:
                 self.put(old)
             raise
+        finally:
+            for name in order if old is not None else ():
+                if name in self.adapters:
+                    self.adapters[name] = self.adapters.pop(name)
 
     def put(self, adapter: Adapter) -> None:
         """Put an adapter's modules into the model; the first one brings the hooks and entries with it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
 from typing import Annotated, NoReturn
 
 import typer
@@ -72,7 +73,7 @@ def main() -> NoReturn:
 def _fail(error: AdapterkitError) -> None:
     from adapterkit.cli import report
 
-    if "--json" in sys.argv:
+    if {"--json", "--format=json"} & set(sys.argv) or ("--format", "json") in pairwise(sys.argv):
         report.as_json(error.to_dict())
     report.problems(error.problems, to_stderr=True)
 
@@ -214,8 +215,9 @@ def schema(
     write: Annotated[
         str | None, typer.Option("--write", metavar="FILE", help="Write it there instead.")
     ] = None,
+    json: Json = False,
 ) -> None:
-    """The JSON Schema of the interface language, for editors."""
+    """The JSON Schema of the interface language, for editors; it is JSON also without --json."""
     from pathlib import Path
 
     from adapterkit.spec import jsonschema

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from math import isfinite
+from operator import index
 from typing import Any
 
 from adapterkit.errors import CompositionError, Problem
@@ -44,6 +45,22 @@ class Block:
         return {
             name: value for name, value in found.items() if name not in defaults or value != defaults[name]
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: {"block": ..., "children": [...], option: ...}, a child that is a name as it is."""
+        children = [child.to_dict() if isinstance(child, Block) else child for child in self.children]
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options().items()}
+        return {"block": type(self).__name__, "children": children, **options}
+
+    @staticmethod
+    def from_dict(data: Any) -> Setup:
+        """Undo `to_dict`.
+
+        Raises: CompositionError: it holds something else.
+        """
+        from adapterkit.composition import text  # which has the table of all blocks
+
+        return text.from_dict(data)
 
     def __repr__(self) -> str:
         given = [repr(child) for child in self.children]
@@ -160,7 +177,8 @@ class Average(Block):
             if len(given) != len(children):
                 raise illegal("bad-setup", f"{len(given)} weights for {len(children)} children of Average")
             for weight in given:
-                if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
+                # also one of numpy's, or a tensor of one number
+                if isinstance(weight, bool) or not hasattr(weight, "__float__") or not isfinite(weight):
                     raise illegal("bad-setup", f"a weight of Average is a finite number, not {weight!r}")
             weights = tuple(float(weight) for weight in given)
             if normalize and not abs(sum(weights)) > 1e-12:
@@ -204,16 +222,26 @@ def _listed(block: Block, option: str, value: Any) -> list[Any]:
 
 def _sizes(block: Block, option: str, value: Any) -> tuple[int, ...]:
     number = len(block.children)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    sizes = [value] * number if whole else _listed(block, option, value)
+    sizes = [value] * number if _is_whole(value) else _listed(block, option, value)
     if len(sizes) != number:
         message = f"{len(sizes)} {option} for {number} children of {type(block).__name__}"
         raise illegal("bad-setup", message)
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if not _is_whole(size) or size < 0:
             raise illegal(
                 "bad-setup", f"{option} of {type(block).__name__} are whole numbers from 0 on, not {size!r}"
             )
     if not sum(sizes):
         raise illegal("bad-setup", f"{option} of {type(block).__name__} are all 0")
-    return tuple(sizes)
+    return tuple(int(size) for size in sizes)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number, one of numpy's perhaps, or a tensor of one."""
+    if isinstance(value, bool) or getattr(value, "ndim", False):
+        return False
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return True

@@ -66,13 +66,7 @@ def _value(node: ast.expr) -> Any:
 
 def to_dict(setup: Setup) -> Any:
     """Plain data: a name as it is, a block as {"block": ..., "children": [...], option: ...}."""
-    if not isinstance(setup, Block):
-        return setup
-    options = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in setup.options().items()
-    }
-    children = [to_dict(child) for child in setup.children]
-    return {"block": type(setup).__name__, "children": children, **options}
+    return setup.to_dict() if isinstance(setup, Block) else setup
 
 
 def from_dict(data: Any) -> Setup:

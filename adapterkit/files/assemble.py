@@ -73,7 +73,7 @@ def check_heads(blueprint: Blueprint, content: Content, head: bool | str) -> tup
 
     Raises: FileFormatError: the file has other heads than the model; no head is ever left at random.
     """
-    if head is False:
+    if head is False or not content.config.has_head:
         return ()
     here, there = {found.path for found in blueprint.heads}, set(content.heads)
     problems = [

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from pydantic_core import to_json
 
-from adapterkit.errors import FileFormatError, Problem
+from adapterkit.errors import FileFormatError, Problem, did_you_mean
 from adapterkit.inject.state import from_buffer, to_buffer
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.planning import Plan
 from adapterkit.spec import registry
 
 FORMAT_VERSION = 1
+WORDS = ("format", "format_version", "name", "config", "interface", "slots", "heads")
+"""What the configs of native files and manifests have in common."""
 
 
 def describe(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
@@ -57,6 +59,19 @@ def check_version(data: Mapping[str, Any], file: str) -> None:
     if version > FORMAT_VERSION:
         message = f"written in format {version}; this adapterkit reads up to format {FORMAT_VERSION}"
         raise FileFormatError(Problem("newer-format", message, hint="update adapterkit", file=file))
+
+
+def check_words(data: Mapping[str, Any], words: Sequence[str], file: str) -> None:
+    """Refuse what this format does not know: nothing that somebody has said is passed over.
+
+    Raises: FileFormatError.
+    """
+    unknown = sorted(data.keys() - set(words))
+    if unknown:
+        raise FileFormatError(
+            Problem("bad-file", f"has an unknown key {key!r}", "", "", did_you_mean(key, words), file)
+            for key in unknown
+        )
 
 
 def read(buffer: torch.Tensor, file: str) -> dict[str, Any]:

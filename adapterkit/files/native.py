@@ -20,6 +20,7 @@ from adapterkit.versions import __version__, installed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter.safetensors"
+_WORDS = (*manifest.WORDS, "base_model", "versions")
 
 
 def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | str = "auto") -> Path:
@@ -68,6 +69,7 @@ def read(directory: Path) -> Content:
     file = directory / CONFIG
     data = read_json(file)
     manifest.check_version(data, str(file))
+    manifest.check_words(data, _WORDS, str(file))
     return to_content(data, read_tensors(directory / WEIGHTS, allow_bin=False), str(directory))
 
 

@@ -24,6 +24,7 @@ from adapterkit.model.blueprint import Blueprint
 from adapterkit.versions import __version__, installed
 
 CONFIG = "adapterkit_setup.json"
+_WORDS = ("format", "format_version", "setup", "skip_layers", "shares", "versions")
 
 
 def asked(setup: Setup, name: str | None, format: str) -> Setup:
@@ -85,6 +86,7 @@ def read(directory: Path) -> Bundle:
     file = directory / CONFIG
     data = read_json(file)
     manifest.check_version(data, str(file))
+    manifest.check_words(data, _WORDS, str(file))
     setup, shares, skipped = _setup(file, data), data.get("shares", []), data.get("skip_layers", [])
     if not isinstance(skipped, list) or not isinstance(shares, list):
         raise FileFormatError(Problem("bad-file", "'shares' and 'skip_layers' are lists", file=str(file)))

@@ -49,17 +49,19 @@ def _first_tensor(module: nn.Module) -> tuple[nn.Module, nn.Parameter] | None:
     return next((found for found in below if found is not None), None)
 
 
+def dtype_named(given: str | torch.dtype, expected: str = "'float32', 'bfloat16', ...") -> torch.dtype:
+    """A floating-point type, which may be given by its name. Raises: PlanError: it is none."""
+    named = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        message = f"{given!r} is no floating-point type"
+        raise PlanError(Problem("bad-dtype", message, "dtype", expected))
+    return named
+
+
 def dtype_of(host: nn.Module, model: nn.Module, policy: str | torch.dtype) -> torch.dtype:
     """Type of the units of a host: `match` is that of its weight, for quantised weights that of the model."""
     if policy != "match":
-        named = getattr(torch, policy, None) if isinstance(policy, str) else policy
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise PlanError(
-                Problem(
-                    "bad-dtype", f"{policy!r} is no floating-point type", expected="'match', 'float32', ..."
-                )
-            )
-        return named
+        return dtype_named(policy, "'match', 'float32', ...")
     weight = host._parameters.get("weight")
     if weight is not None and weight.is_floating_point():
         return weight.dtype

@@ -17,6 +17,7 @@ from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import Branch, branches
 from adapterkit.model.cores import apart
 from adapterkit.spec.schema import Kernel
+from adapterkit.spec.terms import hash_of
 
 
 def _as_tuple(value: Any) -> Any:
@@ -141,6 +142,8 @@ class MethodConfig(BaseModel, ABC):
     method: ClassVar[str]
     trains: ClassVar[bool] = True
     """False: it has no tensors, and makes sense beside another method alone."""
+    has_head: ClassVar[bool] = True
+    """False: it acts with others, and the head is theirs."""
     place: ClassVar[Literal["core", "embeddings"] | None] = None
     """A place of the interface without which the method acts nowhere."""
     passing: ClassVar[frozenset[str]] = frozenset({"targets", "locations", "layers", "leave_out", "dropout"})
@@ -177,7 +180,10 @@ class MethodConfig(BaseModel, ABC):
 
     def replace(self, **changes: Any) -> Self:
         """The same config with some options changed (and checked)."""
-        return type(self).model_validate({**self.model_dump(), **changes})
+        return type(self).model_validate({**dict(self), **changes})
+
+    def __hash__(self) -> int:
+        return hash_of(self)
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, **self.model_dump(mode="json")}

@@ -25,8 +25,11 @@ class FusionConfig(MethodConfig):
     """AdapterFusion (Pfeiffer et al. 2021, arXiv:2005.00247); made by `kit.fuse`."""
 
     method: ClassVar[str] = "fusion"
+    has_head: ClassVar[bool] = False
 
-    children: tuple[str, ...] = Field(min_length=2, description="names of the adapters that are fused")
+    children: tuple[str, ...] = Field(
+        default=(), min_length=2, description="names of the adapters that are fused; `kit.fuse` fills them in"
+    )
     places: tuple[str, ...] = Field(
         default=(), description="branches and linear maps at which all of them have a unit"
     )
@@ -60,6 +63,10 @@ class FusionConfig(MethodConfig):
         return {**branches(blueprint, self.branch == "before_norm"), **blueprint.slots}
 
     def select(self, blueprint: Blueprint) -> Selection:
+        if not self.children:
+            raise ConfigError(
+                Problem("bad-option", "a fusion needs adapters", "children", "kit.fuse('a', 'b')")
+            )
         slots = self.available(blueprint)
         return Selection.of([slots[address] for address in self.places if address in slots])
 

@@ -124,7 +124,10 @@ def parse(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig:
         return _from_text(method)
     if isinstance(method, Mapping):
         given = dict(method)
-        return _make(str(given.pop("method", "")), given)
+        if "method" not in given:
+            found = f"the dict names no method: its keys are {listing(map(str, given))}"
+            raise ConfigError(Problem("unknown-method", found, "", "{'method': 'lora', 'r': 4}, say"))
+        return _make(str(given.pop("method")), given)
     kind = type(method).__name__
     raise ConfigError(Problem("unknown-method", f"a method is a name, a dict or a config, not {kind}"))
 

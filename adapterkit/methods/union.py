@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, field_serializer, field_validator
 from torch import nn
 
 from adapterkit.errors import ConfigError, Problem
@@ -20,9 +20,7 @@ class UnionConfig(MethodConfig):
 
     method: ClassVar[str] = "union"
 
-    configs: tuple[SerializeAsAny[MethodConfig], ...] = Field(
-        min_length=1, description="the methods, in order"
-    )
+    configs: tuple[MethodConfig, ...] = Field(min_length=1, description="the methods, in order")
 
     @field_validator("configs", mode="before")
     @classmethod
@@ -31,8 +29,9 @@ class UnionConfig(MethodConfig):
 
         return tuple(parse(item) for item in value) if isinstance(value, list | tuple) else value
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"method": self.method, "configs": [config.to_dict() for config in self.configs]}
+    @field_serializer("configs")
+    def _named(self, configs: tuple[MethodConfig, ...]) -> list[dict[str, Any]]:
+        return [config.to_dict() for config in configs]
 
     def available(self, blueprint: Blueprint) -> Mapping[str, Slot]:
         return self._together([list(config.available(blueprint).values()) for config in self.configs])

@@ -569,6 +569,12 @@ class Interface(Model):
 
         return registry.load(source)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, whatever files they came from."""
+        return isinstance(other, Interface) and self.__dict__ == other.__dict__
+
+    __hash__ = Model.__hash__
+
     def mark(self, loc: Loc) -> Mark | None:
         """Where `loc` stands in the file that this interface was read from."""
         return self._document.mark(loc) if self._document else None

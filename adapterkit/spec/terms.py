@@ -81,8 +81,19 @@ def no_bool(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+def hash_of(model: BaseModel) -> int:
+    """Hash of a frozen model, some of whose fields may be maps."""
+    values = (
+        frozenset(value.items()) if isinstance(value, dict) else value for value in model.__dict__.values()
+    )
+    return hash((type(model), *values))
+
+
 class Model(BaseModel):
     """Base of all parts of an interface: immutable, unknown words refused, no silent conversion."""
 
     # only the whole is ever validated, so that the parts need no validators of their own
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+    def __hash__(self) -> int:
+        return hash_of(self)

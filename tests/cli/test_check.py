@@ -171,6 +171,13 @@ def test_an_unknown_model_is_wrong_usage(run: Run) -> None:
     assert "did you mean 'bert'?" in found.err
 
 
+@pytest.mark.parametrize("form", [["--json"], ["--format", "json"], ["--format=json"]])
+def test_what_fails_as_a_whole_is_json_too(form: list[str], run: Run, good: Path) -> None:
+    found = run("check", str(good), "--model", "nonsense_model", *form)
+    assert found.code == 2
+    assert json.loads(found.out)["problems"][0]["code"] == "no-such-model"
+
+
 def test_it_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from adapterkit.cli.main import main; sys.argv = ['adapterkit', 'check']\n"

@@ -186,3 +186,34 @@ def test_an_adapter_is_not_hidden_behind_a_setup(tmp_path: Path) -> None:
             kit.save(tmp_path, "a", format=form)
         assert caught.value.code == "bad-file" and "adapterkit_setup.json" in str(caught.value)
     assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_a_fusion_has_no_head_of_its_own_to_be_missed(tmp_path: Path) -> None:
+    def classifier() -> nn.Module:
+        return tiny.build("bert", "BertForSequenceClassification").eval()
+
+    kit = ak.attach(classifier(), "seq_bn", name="a", seed=0).attach("seq_bn", name="b", seed=1)
+    fusion = ak.FusionConfig(temperature=2.0)
+    kit.fuse(ak.Fuse("a", "b"), config=fusion, seed=2).activate(ak.Fuse("a", "b"))
+    assert kit["a+b"].config.temperature == 2.0
+    for module in kit["b"].heads.values():
+        nn.init.normal_(module.weight)
+    kit.save(tmp_path / "crew", setup=ak.Fuse("a", "b"))
+    loaded = ak.load(classifier(), tmp_path / "crew")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IDS).logits, kit.model(IDS).logits)
+    again = ak.load(classifier(), tmp_path / "crew" / "a").load(tmp_path / "crew" / "b")
+    with torch.no_grad():
+        assert torch.equal(again.load(tmp_path / "crew" / "a+b").model(IDS).logits, kit.model(IDS).logits)
+    with pytest.raises(ConfigError):
+        kit.attach("fusion", name="none")
+
+
+@pytest.mark.parametrize("file", ["adapterkit_setup.json", "a/adapter_config.json"])
+def test_an_unknown_key_is_refused(file: str, tmp_path: Path) -> None:
+    directory = crew("a", "b").save(tmp_path / "crew", setup=ak.Stack("a", "b"))
+    path = directory / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 1}))
+    with pytest.raises(FileFormatError) as caught:
+        ak.load(tiny.build("bert"), directory, head=False)
+    assert caught.value.code == "bad-file" and "'version'" in str(caught.value)

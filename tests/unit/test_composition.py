@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,6 +110,21 @@ def test_a_setup_that_is_not_refused_gives_every_row_to_someone(setup: Setup) ->
     found = rows(setup, list(range(number)))
     assert [example for example, _ in found] == list(range(number)) * copies(setup)
     assert frozenset().union(*(own for _, own in found)) == set(names(setup))
+
+
+def test_sizes_and_weights_may_be_numbers_of_other_libraries() -> None:
+    assert Split("a", "b", splits=np.array([3, 4])) == Split("a", "b", splits=torch.tensor([3, 4]))
+    assert repr(BatchSplit("a", "b", batch_sizes=np.int64(3))) == "BatchSplit('a', 'b', batch_sizes=[3, 3])"
+    assert Average("a", "b", weights=torch.tensor([0.5, 2])) == Average("a", "b", weights=np.array([0.5, 2]))
+    assert repr(Average("a", "b", weights=torch.tensor([1, 3]))) == "Average('a', 'b', weights=[1.0, 3.0])"
+    refused(CompositionError, "bad-setup", lambda: Split("a", "b", splits=torch.tensor([4])))
+    refused(CompositionError, "bad-setup", lambda: Split("a", "b", splits=np.array([0.5, 4])))
+
+
+def test_a_block_gives_its_data_and_is_made_of_it() -> None:
+    one = Stack("a", Split("b", "c", splits=[2, 3]))
+    assert one.to_dict() == to_dict(one)
+    assert Stack.from_dict(one.to_dict()) == one
 
 
 def test_setups_are_values() -> None:

@@ -345,3 +345,35 @@ def test_units_are_on_the_device_of_what_they_stand_beside(method: str) -> None:
     """A branch often ends in a dropout, which has no tensor of its own. The meta device stands for a GPU."""
     kit = ak.attach(tiny.build("bert").to("meta"), method)
     assert {parameter.device.type for parameter in kit["default"].parameters()} == {"meta"}
+
+
+def test_a_kit_is_a_mapping_also_in_its_errors_and_its_order() -> None:
+    kit = ak.attach(bert(), "lora", name="a")
+    kit.attach("lora", name="b").attach("lora[r=2]", name="a", replace=True)
+    assert list(kit) == ["a", "b"] and kit["a"].config.r == 2
+    with pytest.raises(KeyError) as caught:
+        kit["c"]
+    assert str(caught.value).startswith("error[no-such-adapter]")
+    refused(NotAttachedError, "no-such-adapter", kit.train, ["a", "b"])
+
+
+def test_a_replacement_that_fails_keeps_the_order_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = ak.attach(bert(), "lora", name="a").attach("lora", name="b")
+    monkeypatch.setattr(injector, "open_site", breaking(injector.open_site, 1))
+    with pytest.raises(AccidentError):
+        kit.attach("lora[r=2]", name="a", replace=True)
+    assert list(kit) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "call", [ak.of, lambda model: ak.attach(model, "lora"), lambda m: ak.plan(m, "lora")]
+)
+@pytest.mark.parametrize("model", [None, "bert"])
+def test_what_is_no_model_is_refused(call: Any, model: Any) -> None:
+    refused(ConfigError, "not-a-module", call, model)
+
+
+def test_an_adapter_is_cast_to_a_type_by_name() -> None:
+    kit = ak.attach(bert(), "lora", name="a").to("a", dtype="torch.bfloat16")
+    assert {tensor.dtype for tensor in kit["a"].parameters()} == {torch.bfloat16}
+    refused(PlanError, "bad-dtype", kit.to, "a", dtype="int8")

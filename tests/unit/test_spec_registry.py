@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from adapterkit.errors import SpecError
 from adapterkit.spec import registry
@@ -176,3 +177,12 @@ def test_a_dict_that_holds_itself_is_refused() -> None:
 def test_strange_names_are_refused(name: str) -> None:
     with pytest.raises(SpecError):
         registry.load(name)
+
+
+def test_interfaces_that_say_the_same_are_equal(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEXT)
+    one, other = registry.load(path), registry.load(yaml.safe_load(TEXT))
+    assert one == other and hash(one) == hash(other)
+    path.write_text(TEXT.replace("mlp.up", "mlp.wide"))
+    assert registry.load(path) != one
