@@ -129,6 +129,8 @@ def _merge(base: Document, over: Document) -> Document:
         result = dict(low)
         for key, value in high.items():
             here = (*loc, key)
+            if key == "embeddings" and loc[:-1] == ("stacks",) and isinstance(low.get(key), str):
+                low = {**low, key: {"table": low[key], "out": low[key]}}  # what the short form stands for
             if value is None and low.get(key) is not None:
                 gone.add(here)
                 del result[key]

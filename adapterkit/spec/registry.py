@@ -133,7 +133,7 @@ def register(path: str | Path) -> str:
 
     Raises: SpecError: the file has problems; nothing is registered then.
     """
-    path = Path(path)
+    path = _path(path, "the path of a file")
     load(path)
     entry = Entry(path.stem, path, shipped=False)
     _registry().add(entry)
@@ -182,7 +182,7 @@ def load(source: str | Path | dict[str, Any] | Interface) -> Interface:
         return source
     if isinstance(source, dict):
         return load_text(_as_text(source), "<dict>")
-    path = Path(source)
+    path = _path(source, "a path, a model type, a dict or an Interface")
     if isinstance(source, str) and path.suffix not in SUFFIXES and not _is_file(path):
         return by_name(source)
     return build(read(path), _find)
@@ -201,6 +201,13 @@ def _as_text(data: dict[str, Any]) -> str:
         raise SpecError(
             Problem("wrong-type", message, expected="text, numbers, lists and maps only")
         ) from None
+
+
+def _path(given: Any, expected: str) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        message = f"an interface is not given by {type(given).__name__}"
+        raise SpecError(Problem("wrong-type", message, "interface", expected))
+    return Path(given)
 
 
 def _is_file(path: Path) -> bool:

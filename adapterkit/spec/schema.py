@@ -325,6 +325,17 @@ class Embeddings(Model):
     )
 
 
+def _table_and_out(value: Any) -> Any:
+    return {"table": value, "out": value} if isinstance(value, str) else value
+
+
+EmbeddingsField = Annotated[
+    Embeddings,
+    BeforeValidator(_table_and_out, json_schema_input_type=str | Embeddings),
+    Field(description="where the stream begins; a path alone is both the table and the last module"),
+]
+
+
 def _check_mask(mask: str | None, hides: bool) -> None:
     if hides and mask is None:
         raise complaint("missing-word", "'mask_hides' needs 'mask', the argument whose ones hide")
@@ -479,7 +490,7 @@ class Stack(Layer):
     aside: Reason | None = Field(
         None, description="what else than its sublayers changes the stream in a layer: no method acts there"
     )
-    embeddings: Embeddings | None = None
+    embeddings: EmbeddingsField | None = None
     entry: PathField | None = Field(None, description="module whose call runs the stack (default: its root)")
     exit: PathField | None = Field(
         None, description="last module before pooling (default: final_norm, else last layer)"

@@ -46,6 +46,11 @@ def places(found: Blueprint, model: nn.Module) -> None:
     assert found.slots["decoder.1.mlp.down"].shape == (8, 12)
 
 
+def one_path(found: Blueprint, model: nn.Module) -> None:
+    for place in ("table", "out"):
+        assert found.places[f"decoder.embeddings.{place}"].module is model.get_submodule("embed_tokens")
+
+
 def minimal(found: Blueprint, model: nn.Module) -> None:
     assert set(found.slots) == {f"decoder.{i}.mlp.{role}" for i in (0, 1) for role in ("up", "down")}
 
@@ -204,6 +209,7 @@ CONSTRUCTS: dict[str, tuple[str, Check, str]] = {
         places,
         "before after after_residual tail table out entry exit final_norm core",
     ),
+    "embeddings by one path": ("model-gemma2-embeddings-path.yaml", one_path, "embeddings"),
     "the least that a stack needs": ("model-plain-minimal.yaml", minimal, "stacks layers mlp"),
     "branch without roles, own adapter": ("model-bank-branch.yaml", branch, "out own_adapter"),
     "parallel block with one norm": ("model-plain-parallel.yaml", parallel, "block shared_norm"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -177,6 +178,22 @@ def test_a_dict_that_holds_itself_is_refused() -> None:
 def test_strange_names_are_refused(name: str) -> None:
     with pytest.raises(SpecError):
         registry.load(name)
+
+
+def test_one_path_of_embeddings_is_both_for_what_copies_it(tmp_path: Path) -> None:
+    (tmp_path / "low.yaml").write_text(TEXT + "    embeddings: table\n")
+    high = tmp_path / "high.yaml"
+    high.write_text("adapterkit: 1\nlike: low\nstacks:\n  decoder:\n    embeddings: {out: drop}\n")
+    found = registry.load(high).stacks["decoder"].embeddings
+    assert found is not None and found.table is not None and found.out is not None
+    assert (found.table.path, found.out.path) == ("table", "drop")
+
+
+@pytest.mark.parametrize("call", [registry.load, registry.register])
+def test_what_is_no_interface_is_refused(call: Callable[[Any], object]) -> None:
+    with pytest.raises(SpecError) as caught:
+        call(3)
+    assert caught.value.code == "wrong-type"
 
 
 def test_interfaces_that_say_the_same_are_equal(tmp_path: Path) -> None:
