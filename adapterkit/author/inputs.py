@@ -118,10 +118,9 @@ class Drawer:
             joined = {k: v for one in every for k, v in one.items()}
             yield joined | self._prompted(joined) | self._needed(joined)
         for shape in ((BATCH, SEQ), (BATCH, SEQ, self._width()), (BATCH, 3, 32, 32)):
-            for whole in (False, True):
+            for draw in (*self._words(), self._floats):
                 self.generator.manual_seed(self.seed)
-                names = self.required or set(self.names[:1])
-                yield {n: self._ids(*shape) if not whole else self._floats(*shape) for n in names}
+                yield {name: draw(*shape) for name in self.required or set(self.names[:1])}
 
     # -------------------------------------------------------------------------------------------- numbers
 
@@ -129,7 +128,15 @@ class Drawer:
         return torch.randn(shape, generator=self.generator)
 
     def _ids(self, *shape: int, below: int = LAST_WORD) -> Tensor:
-        return torch.randint(FIRST_WORD, max(below, FIRST_WORD + 1), shape, generator=self.generator)
+        last = min(below, self.find("vocab_size") or below)
+        first = min(FIRST_WORD, last - 1)
+        return torch.randint(first, last, shape, generator=self.generator)
+
+    def _words(self) -> Iterator[Callable[..., Tensor]]:
+        """Ways to draw ids: as usual, then below the size of each smaller table that is called with some."""
+        sizes = {table.num_embeddings for table in self.model.modules() if isinstance(table, nn.Embedding)}
+        for below in (LAST_WORD, *sorted((size for size in sizes if 0 < size < LAST_WORD), reverse=True)):
+            yield partial(self._ids, below=below)
 
     def find(self, *patterns: str, kind: type = int) -> Any:
         """The first field of a config whose name matches, in the order of the patterns."""

@@ -168,3 +168,18 @@ def test_a_function_that_gives_no_model_that_runs_is_told(name: str, told: str) 
     assert caught.value.code == "no-such-model"
     assert told in str(caught.value)
     assert "a dict of its inputs" in str(caught.value)
+
+
+def test_words_are_drawn_that_a_small_vocabulary_has() -> None:
+    class Tagger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kinds, self.table = torch.nn.Embedding(2, 8), torch.nn.Embedding(20, 8)
+
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            return self.table(words) + self.kinds(torch.zeros_like(words))
+
+    assert int(inputs.draw(Tagger())["words"].max()) < 20
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=12, **size)
+    assert int(inputs.draw(transformers.BertModel(config))["input_ids"].max()) < 12
