@@ -89,7 +89,7 @@ class Column:
         reads = self._reads(others)
         self.out, self.reads = embeddings.get("embeddings", {}).get("out", ""), bool(reads)
         self.inputs = entry.get("inputs", {})
-        filler = self._filler(embeddings.get("embeddings", {}).get("table"))
+        filler = self._filler(embeddings.get("embeddings", {}).get("table"), others)
         if filler is not None:
             entry["inputs"] = self.inputs = self.inputs | {"filler": filler}
         said |= embeddings | entry | reads
@@ -232,16 +232,17 @@ class Column:
         ]
         return found | ({"aligned": aligned} if aligned else {})
 
-    def _filler(self, table: str | None) -> int | None:
-        """An id that makes room for prompts, where layers are told how many ids there are."""
+    def _filler(self, table: str | None, others: Iterable[Column]) -> int | None:
+        """An id that makes room for prompts, where more depends on the number of ids than a mask (B, T)."""
         graph, layer = self.scene.graph, self.facts.layers[0]
         ids = self.given.get(str(self.inputs.get("ids", Inputs.model_fields["ids"].default)))
         if table is None or ids is None or self.takes_embeddings:
             return None
         rows, length = graph.nodes[ids].shape
-        others = (graph.nodes[value].shape for _, value in layer.call.arguments if value != layer.given)
-        if not any(length in shape and math.prod(shape) != rows * length for shape in others):
-            return None  # a mask (B, T) is widened for the layers alone
+        more = (graph.nodes[value].shape for _, value in layer.call.arguments if value != layer.given)
+        in_layers = any(length in shape and math.prod(shape) != rows * length for shape in more)
+        if not in_layers and not any(o.root == self.root and o._source(others) is self for o in others):
+            return None  # the mask is widened for the layers alone
         padding = getattr(self.scene.modules[f"{self.root}.{table}".strip(".")], "padding_idx", None)
         found = 1 if padding != 1 else 2
         text = f"prompts are put in place of this id: {found} here, which the model should treat as any other"
@@ -329,12 +330,10 @@ class Column:
 
     def _reads(self, others: Iterable[Column]) -> Words:
         """The other stack whose states the cross-attention attends to."""
-        graph = self.scene.graph
-        cross = [b for layer in self.facts.layers for b in layer.branches if b.kind == "cross_attention"]
-        if not cross:
+        graph, behind = self.scene.graph, self._read_from()
+        if not behind:
             return {}
-        behind = graph.closure([cross[0].events[-1].key])
-        read = next((o for o in others if o is not self and o.facts.leaving in behind), None)
+        read = self._source(others)
         if read is None:
             inside = behind & frozenset(layer.given for other in others for layer in other.facts.layers)
             if inside:
@@ -349,12 +348,22 @@ class Column:
         calls = [c for c in graph.calls_of(self.root) if c.start <= self.facts.layers[0].call.start < c.end]
         given = [name for c in calls for name, value in c.arguments if _made_of(self, value, read)]
         usual = "encoder_hidden_states"
-        if given and usual not in given:
-            found["states"] = given[0]
         root = self.scene.modules[self.root]
+        if usual not in given and (given or usual not in arguments(root)):
+            found["states"] = given[0] if given else None
         if "encoder_attention_mask" not in arguments(root):
             found |= {"mask": None} | self._read_mask(root, given[0] if given else usual)
         return {"reads": found}
+
+    def _read_from(self) -> frozenset[int]:
+        """Values of which the first cross-attention makes its keys."""
+        cross = [b for layer in self.facts.layers for b in layer.branches if b.kind == "cross_attention"]
+        return frozenset(self.scene.graph.closure([cross[0].events[-1].key])) if cross else frozenset()
+
+    def _source(self, others: Iterable[Column]) -> Column | None:
+        """The stack whose states the cross-attention attends to."""
+        behind = self._read_from()
+        return next((o for o in others if o is not self and o.facts.leaving in behind), None)
 
     # ------------------------------------------------------------------------------------------ layers
 
@@ -452,7 +461,12 @@ class Column:
 
         Args: others: stacks of the model; what reads the states within them is no head.
         """
-        roots = tuple(f"{other.root}." for other in others if other is not self and other.root)
+        roots = tuple(
+            f"{path}."
+            for other in others
+            for path in ("" if other is self else other.root, *(one.call.path for one in other.facts.layers))
+            if path
+        )
         following = self._following(anywhere=True)
         found = [c.path for c in following if not self.scene.graph.is_norm(c) and not _is_norm_elsewhere(c)]
         found = [path for path in dict.fromkeys(found) if not f"{path}.".startswith(roots)]

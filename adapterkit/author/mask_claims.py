@@ -123,7 +123,7 @@ def read_mask(trial: Trial, takes: set[str]) -> None:
     if reads.mask is None:
         text, usual = "reads.mask: the entry takes none", "encoder_attention_mask"
         used = usual in takes and bool(_hides_states(trial, reads, usual))
-        other = None if used else _other_read_mask(trial, reads.states)
+        other = None if used or reads.states is None else _other_read_mask(trial, reads.states)
         if other is not None:
             name, value = other
             seen.refute(loc, text, f"{name!r} hides states from cross-attention", _say(name, value))
@@ -146,7 +146,7 @@ def read_mask(trial: Trial, takes: set[str]) -> None:
 
 def _hides_states(trial: Trial, reads: Reads, name: str) -> bool | None:
     """Whether attention differs if an argument hides one of the states that are read."""
-    states = trial.given(reads.states)
+    states = trial.given(reads.states) if reads.states else None
     if states is None or states.ndim != 3:
         return None
     shape = (int(states.shape[0]), int(states.shape[1]))
@@ -155,7 +155,8 @@ def _hides_states(trial: Trial, reads: Reads, name: str) -> bool | None:
 
 def _visible_read(trial: Trial, name: str) -> int | None:
     """The value with which a mask lets states of another stack be seen."""
-    said = trial.seen.info.reads.states if trial.seen.info.reads else ""
+    reads = trial.seen.info.reads
+    said = (reads.states if reads else None) or ""
     states = trial.given(said)
     if states is None or states.ndim != 3:
         return None

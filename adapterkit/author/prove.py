@@ -53,7 +53,7 @@ class Column:
 # smooth activations, so that no unit is dead by chance
 _SMOOTH = {"reduction_factor": 4, "non_linearity": "gelu"}
 _REFT = {"method": "loreft", "r": 2, "prefix_positions": 2, "suffix_positions": 2, "tied_weights": True}
-_ROOM = "where layers are given what is as long as the ids, an entry that takes ids alone needs 'filler'"
+_ROOM = "an entry that takes ids alone needs 'filler' if more depends on their number than a mask (B, T)"
 COLUMNS: dict[str, Column] = {
     "lora": Column({"method": "lora", "targets": "all", "r": 2, "alpha": 4}, True, merges=True),
     "ia3": Column({"method": "ia3"}, True, merges=True),

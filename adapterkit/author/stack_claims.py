@@ -229,13 +229,14 @@ def _pooler(seen: Seen, around: StackFacts) -> None:
     named = [seen.place(word) for word in ("final_norm", "exit")]
     known = {graph.paths.get(place.path, place.path) for place in named if place is not None}
     heads = {graph.paths.get(head.path, head.path) for head in seen.blueprint.heads}
+    beside = [place.path for other in _others(seen) for _, place, _ in other.layers()]
     root = seen.info.path
     readers: list[Call] = []
     for call in graph.calls:
         inside = not root or call.path.startswith(f"{root}.")
         if call.start < last.end or call.path in known or not inside or call.given not in near:
             continue
-        if any(_is_below(call.path, other) for other in (*heads, *seen.blueprint.between)):
+        if any(_is_below(call.path, other) for other in (*heads, *beside, *seen.blueprint.between)):
             continue
         if _is_output(seen, call.path):
             continue
@@ -315,10 +316,13 @@ def _reads(seen: Seen, facts: tuple[LayerFacts, ...]) -> None:
     if not events or entry is None:
         seen.unseen((*loc, "states"), f"reads.states: cross-attention reads argument {reads.states!r}")
         return
-    given = entry.argument(reads.states)
     names = sorted({name for name, value in entry.arguments if value in behind and _is_states(seen, value)})
-    text = f"reads.states: cross-attention reads argument {reads.states!r} of the entry"
-    seen.judge(given in behind, (*loc, "states"), text, f"it reads {', '.join(names) or 'no argument of it'}")
+    if reads.states is None:
+        text, right = "reads.states: cross-attention reads no argument of the entry", not names
+    else:
+        text = f"reads.states: cross-attention reads argument {reads.states!r} of the entry"
+        right = entry.argument(reads.states) in behind
+    seen.judge(right, (*loc, "states"), text, f"it reads {', '.join(names) or 'no argument of it'}")
     text = f"reads.stack: the states are those of {reads.stack!r}"
     named = [a for a in made if a == _sibling(seen, reads.stack) or a.startswith(f"{reads.stack}/")]
     if not made:  # states that are given from outside

@@ -351,7 +351,10 @@ class WidenMask(nn.Module):
 
 
 class WidenRead(nn.Module):
-    """At the entry of a stack that reads another: its mask of the other's states, widened to their length."""
+    """At the entry of a stack that reads another: its mask of the other's states, widened to their length.
+
+    States that are given may have come without a prompt; those that are made in the same call have it.
+    """
 
     def __init__(self, reads: Reads, acting: Acting) -> None:
         super().__init__()
@@ -360,12 +363,16 @@ class WidenRead(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
         given = given_arguments(module, args, kwargs)
-        states, mask = given.get(self.states), given.get(self.mask)
-        count = self.acting.count
-        if states is not None and mask is not None and mask.shape[-1] + count == states.shape[1]:
+        mask, count = given.get(self.mask), self.acting.count
+        states = None if self.states is None else given.get(self.states)
+        if mask is not None and self._lacks_it(mask.shape[-1] + count, states):
             index = self.acting.index(mask, self.hides)
             given[self.mask] = widened(mask, count, index, self.hides)
         return (), given
+
+    def _lacks_it(self, length: int, states: torch.Tensor | None) -> bool:
+        """Whether states that have the prompt are of this length."""
+        return self.states is None or (states is not None and states.shape[1] == length)
 
 
 class WidenBias(nn.Module):

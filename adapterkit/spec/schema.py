@@ -384,7 +384,10 @@ class Reads(Model):
     """The other stack whose states this one attends to."""
 
     stack: str = Field(description="a stack of this file; for a part, another part")
-    states: str = Field("encoder_hidden_states", description="argument of the entry that holds the states")
+    states: str | None = Field(
+        "encoder_hidden_states",
+        description="argument of the entry that holds the states; null: they are made in the same call",
+    )
     mask: str | None = Field(
         "encoder_attention_mask", description="argument of the entry that holds their mask"
     )

@@ -22,7 +22,7 @@ from tests.authoring.custom import models, wrappers
 
 HERE = Path(__file__).parent / "custom"
 ROOT = Path(__file__).parents[2]
-NAMES = ("vision", "sloped", "rotary", "closed", "pair", "towers", "parallel")
+NAMES = ("vision", "sloped", "rotary", "closed", "pair", "woven", "towers", "parallel")
 WRAPPERS: dict[str, Callable[[], Any]] = {"bert": wrappers.sentences, "modernbert": wrappers.classifier}
 
 
@@ -137,6 +137,22 @@ def test_a_prompt_in_place_of_fillers_is_a_prompt_among_embedded_tokens(padding:
     torch.testing.assert_close(ours, by_hand, rtol=1e-5, atol=1e-7)
 
 
+def test_a_prompt_of_states_that_are_read_in_the_same_pass() -> None:
+    """The table gives the prompt and then the tokens, and all that reads the states sees both."""
+    model, inputs = models.woven()
+    plain, _ = models.woven()
+    kit = ak.attach(model, "prompt_tuning[prompt_length=3]", interface=HERE / "woven.yaml", seed=0)
+    assert [slot.address for slot in kit["default"].plan.slots] == ["reader.prompt"]
+    prompt = next(iter(kit["default"].parameters()))
+    wide = torch.nn.functional.pad(inputs["source"], (3, 0))
+    plain.foreign.register_forward_hook(
+        lambda m, args, out: torch.cat([prompt.expand(len(out), -1, -1), out[:, 3:]], 1)
+    )
+    keep = torch.nn.functional.pad(inputs["source_keep"], (3, 0), value=1)
+    wanted = plain(**{**inputs, "source": wide, "source_keep": keep})
+    torch.testing.assert_close(model(**inputs), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_a_draft_makes_room_for_prompts_where_layers_are_told_of_the_length() -> None:
     model, inputs = models.closed()
     interface = of_model(model, inputs).interface
@@ -157,12 +173,37 @@ def test_a_filler_that_is_no_token_or_fills_nothing_is_refuted() -> None:
     ]
 
 
+def test_a_draft_of_two_stacks_in_one_forward_pass() -> None:
+    """What reads states within another stack is no head, and the states are no argument."""
+    found = of_model(*models.woven())
+    written = ak.Interface.load(HERE / "woven.yaml")
+    assert found.is_complete and [head.path for head in found.interface.heads] == ["speak"]
+    for drafted, said in zip(found.interface.stacks.values(), written.stacks.values(), strict=True):
+        assert drafted.inputs == said.inputs
+    reads = list(found.interface.stacks.values())[1].reads
+    assert reads is not None and (reads.states, reads.mask) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "instead", "observed"),
+    [
+        ("woven", "states: null", "states: target", "it reads no argument of it"),
+        ("pair", "states: memory", "states: null", "it reads memory"),
+    ],
+)
+def test_where_states_come_from_is_judged(name: str, said: str, instead: str, observed: str) -> None:
+    text = (HERE / f"{name}.yaml").read_text(encoding="utf-8")
+    spec = ak.Interface.load(yaml.safe_load(text.replace(said, instead)))
+    report = ak.check(spec, getattr(models, name), methods=["lora"])
+    assert [(p.address, p.expected) for p in report.problems] == [("stacks.writer.reads.states", observed)]
+
+
 def test_a_prompt_without_room_is_broken_with_a_hint() -> None:
     text = (HERE / "closed.yaml").read_text(encoding="utf-8").replace(", filler: 1", "")
     report = ak.check(ak.Interface.load(yaml.safe_load(text)), models.closed, methods=["prompt_tuning"])
     (problem,) = report.problems
     assert (problem.code, problem.address) == ("law-broken", "prompt_tuning")
-    assert "The size of tensor" in problem.message and problem.hint.endswith("needs 'filler'")
+    assert "The size of tensor" in problem.message and "needs 'filler'" in problem.hint
 
 
 def test_an_inverse_acts_before_the_vocabulary_that_the_interface_names() -> None:

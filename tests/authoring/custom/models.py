@@ -321,6 +321,27 @@ class Pair(nn.Module):
         return self.speak(self.writer(target, target_keep, memory, source_keep))
 
 
+class Woven(nn.Module):
+    """Both stacks in one forward pass, which is given all ids and makes the states that are read."""
+
+    def __init__(self, width: int = 32, heads: int = 4, words: int = 50) -> None:
+        super().__init__()
+        self.foreign, self.words = nn.Embedding(words, width), nn.Embedding(words, width)
+        self.reading = nn.ModuleList(PairLayer(width, heads, False) for _ in range(2))
+        self.writing = nn.ModuleList(PairLayer(width, heads, True) for _ in range(2))
+        self.read, self.written = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.speak = nn.Linear(width, words)
+
+    def forward(self, source: Tensor, source_keep: Tensor, target: Tensor, target_keep: Tensor) -> Tensor:
+        memory, x = self.foreign(source), self.words(target)
+        for layer in self.reading:
+            memory = layer(memory, source_keep)
+        memory = self.read(memory)
+        for layer in self.writing:
+            x = layer(x, target_keep, memory, source_keep)
+        return self.speak(self.written(x))
+
+
 # ------------------------------------------------------------------------------------------------- two towers
 
 
@@ -461,6 +482,10 @@ def closed() -> Made:
 def pair() -> Made:
     inputs = {"source": _ids(), "source_keep": _keep(), "target": _ids(5), "target_keep": _keep(5)}
     return _drawn(Pair), inputs
+
+
+def woven() -> Made:
+    return _drawn(Woven), pair()[1]
 
 
 def towers() -> Made:
