@@ -16,6 +16,7 @@ from adapterkit.inject.batch import Inputs
 from adapterkit.inject.injector import close_entries, eject, inject, open_entries
 from adapterkit.inject.site import check_called, check_unwrapped, site_of
 from adapterkit.inject.state import NAME, part_tensors, place_tensors
+from adapterkit.methods.base import run_again
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import parameters
 from adapterkit.runtime import Programs, Runtime
@@ -123,6 +124,8 @@ class Members:
         places |= {head.address: head for head in (*self.blueprint.heads, *self.blueprint.poolers)}
         hosts = [(places[address], module) for address, module in modules.items()]
         helpers = adapter.config.helpers(adapter.plan.slots, self.blueprint)
+        if helpers:
+            helpers += run_again(self.blueprint, [*adapter.plan.slots, *(helper.place for helper in helpers)])
         record = manifest.write(adapter.plan, self.blueprint)
         check_called(self.blueprint, [host.path for host, _ in hosts] + [one.place.path for one in helpers])
         fusing.connect(adapter, self.adapters)

@@ -128,7 +128,7 @@ def inject(
     hosts = [(path, host) for path, host, _, _ in plan]
     hosts += [(helper.place.path, helper.place.module) for helper in helpers if helper.place.path != top.key]
     for path, host in hosts:
-        check(host, path)
+        check(host, path, runtime)
     opened: list[tuple[str, nn.Module]] = []
 
     def opening(host: nn.Module, path: str, unit: nn.Module | None = None) -> Site:
@@ -195,7 +195,7 @@ def open_entries(blueprint: Blueprint, runtime: Runtime) -> dict[str, nn.Module]
         if hasattr(info.layers[0], "gradient_checkpointing"):
             stacks[blueprint.places[f"{address}.0.layer"].path] = info.layers
     for path, (first, *_) in stacks.items():
-        check(first, path)
+        check(first, path, runtime)
     opened: dict[str, nn.Module] = {}
     try:
         for path, layers in stacks.items():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import CompositionError, PlanError, Problem
-from adapterkit.inject import apart, attention, lanes
+from adapterkit.inject import again, apart, attention, lanes
 from adapterkit.inject.lanes import Seen
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.walk import CHILD
@@ -143,7 +143,7 @@ def _call(base: type[nn.Module]) -> Callable[..., Any]:
         program = site.program if override is None else override.get(site.key)
         if program is not None and program.before is not None and args:
             args = (site._modules[program.before](args[0]), *args[1:])
-        return original(self, *args, **kwargs)
+        return original(self, *args, **again.carried(self, kwargs))
 
     return call
 
@@ -181,6 +181,7 @@ def adapted(
     if hasattr(base, "gradient_checkpointing"):
         # such a layer decides within its call (some versions: in `__call__`) what is run again in backward
         namespace["__call__"] = _call(base)
+        namespace["forward"] = again.forward(namespace["forward"])
     return type(base.__name__, (base,), namespace)
 
 
@@ -200,11 +201,17 @@ def site_of(module: nn.Module) -> Site | None:
     return found if isinstance(found, Site) else None
 
 
-def check(module: nn.Module, path: str) -> None:
+def check(module: nn.Module, path: str, runtime: Runtime) -> None:
     """Refuse a module whose forward was replaced on the instance: a swapped class would be ignored.
 
+    So is one with adapters of another kit: a module runs what one kit activates.
     Raises: PlanError. accelerate's replacement is allowed, since it calls `_old_forward`, which we rebind.
     """
+    site = site_of(module)
+    if site is not None and site.runtime is not runtime:
+        what = f"{path} ({type(module).__name__}) has adapters that were attached to another model around it"
+        expected = "one model for all adapters, or detach there first"
+        raise PlanError(Problem("shared-module", what, expected=expected))
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         what = f"the forward of {path} ({type(module).__name__}) was replaced by another library"
         raise PlanError(Problem("wrapped-forward", what, expected="attach first, then wrap"))

@@ -132,7 +132,29 @@ class Helper(NamedTuple):
 
 
 class Mark(nn.Module):
-    """At a core that may be called for one lane at a time: does nothing but make it a site."""
+    """At a module that is called in a way of its own, one lane at a time or again in backward: does nothing
+    but make it a site.
+    """
+
+
+def run_again(blueprint: Blueprint, places: Sequence[Slot]) -> list[Helper]:
+    """Make sites of the layers around these places that may be checkpointed.
+
+    What passes through the flow is another one's by the time such a layer runs again; its site keeps it.
+    """
+    stacks = dict.fromkeys(place.stack for place in places)
+    layers = [
+        blueprint.places[f"{stack}.{index}.layer"]
+        for stack in stacks
+        for index in range(blueprint.stacks[stack].num_layers)
+    ]
+    inside = [f"{place.path}." for place in places]
+    return [
+        Helper(layer, "again", Mark, "around", 0)
+        for layer in layers
+        if hasattr(layer.module, "gradient_checkpointing")
+        and any(path.startswith(f"{layer.path}.") for path in inside)
+    ]
 
 
 class MethodConfig(BaseModel, ABC):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
 import adapterkit as ak
+from tests.laws.matrix import randomise
 from tests.mechanisms.scene import ALL_ROLES, attach, gradients, run
 from tests.models import tiny
 
@@ -146,3 +149,72 @@ def test_an_override_with_gradients_is_refused(reentrant: bool) -> None:
     with kit.disabled():
         assert torch.equal(run(model, given), off)
     assert not torch.equal(run(model, given), off)
+
+
+# -- what passes between the points of a layer when it runs again: the flow of its own pass
+
+FLOW = {
+    "loreft": {"method": "loreft", "r": 4, "suffix_positions": 2, "dropout": 0},
+    "seq_bn": "seq_bn[reduction_factor=4]",
+    "par_bn": "par_bn[reduction_factor=4]",
+}
+
+
+def passes(row: str, cls: str) -> list[dict[str, torch.Tensor]]:
+    """Two batches whose padding lies elsewhere, and that are not of one length."""
+    first, second = tiny.inputs(row, cls, batch=3, seed=1), tiny.inputs(row, cls, batch=3, seed=2)
+    if "attention_mask" in second:
+        second["attention_mask"] = second["attention_mask"].flip(0)
+        if "decoder_input_ids" not in second:
+            second = {name: tensor[:, 1:] for name, tensor in second.items()}
+    return [first, second]
+
+
+def of_both(model: nn.Module, given: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """One loss of two passes, as twins (sentence pairs, contrastive losses) have it."""
+    outs = [tiny.output(model(**inputs)) for inputs in given]
+    return sum((out.sin().sum() for out in outs), torch.zeros(()))
+
+
+def grown(kit: ak.Kit, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    kit.model.zero_grad()
+    total.backward()
+    return {name: p.grad.clone() for name, p in kit["default"].named_parameters() if p.grad is not None}
+
+
+def moved(row: str, cls: str, method: str) -> ak.Kit:
+    model = tiny.build(row, cls).train()
+    kit = ak.attach(model, FLOW[method], seed=0, head=False)
+    randomise(kit)
+    return kit
+
+
+def assert_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-4), name
+
+
+@reentrant
+@pytest.mark.parametrize("method", FLOW)
+@pytest.mark.parametrize("row, cls", [("llama", "LlamaModel"), ("bert", "BertModel"), ("vit", "ViTModel")])
+def test_two_passes_before_one_backward(row: str, cls: str, method: str, reentrant: bool) -> None:
+    """The layers of the first pass run again when the flow of the thread is that of the second."""
+    kit, given = moved(row, cls, method), passes(row, cls)
+    expected = grown(kit, of_both(kit.model, given))
+    checkpoint(kit.model, reentrant)
+    for _ in range(2):  # a run that was cut short leaves nothing to the next step either
+        assert_gradients(grown(kit, of_both(kit.model, given)), expected)
+
+
+@reentrant
+@pytest.mark.parametrize("method", FLOW)
+def test_backward_in_another_thread(method: str, reentrant: bool) -> None:
+    """On a GPU layers run again in a thread of autograd, whose flow is empty."""
+    kit, given = moved("llama", "LlamaModel", method), passes("llama", "LlamaModel")
+    expected = grown(kit, of_both(kit.model, given))
+    checkpoint(kit.model, reentrant)
+    total = of_both(kit.model, given)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(grown, kit, total).result()
+    assert_gradients(found, expected)
