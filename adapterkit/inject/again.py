@@ -1,7 +1,7 @@
-"""Layers that are checkpointed: they run again in backward, with the flow of the pass that they belong to.
+"""Checkpointed layers run again in backward, with the flow of the pass that they belong to.
 
-By then the flow of the thread is that of a later pass (two texts, one loss), what a layer has left whose second
-run was cut short when all that backward needed was there, or, on a GPU, that of another thread, empty.
+By then the flow of the thread may be that of a later pass (two texts, one loss), hold what a layer has left
+whose second run was cut short since backward needed no more of it, or be empty: a GPU has threads of its own.
 """
 
 from __future__ import annotations

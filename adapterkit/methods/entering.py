@@ -12,11 +12,14 @@ from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.flow import (
     Flow,
     base_forward,
+    cache_of,
+    can_look,
     entry_place,
     first,
     flow_of,
     given_arguments,
     past_of,
+    refuse_packed,
     with_first,
 )
 from adapterkit.methods.positions import Index, Span, insert, key, remove, shifted, start, widened
@@ -138,10 +141,12 @@ class Widen(nn.Module):
         if tokens.ndim != (2 if embeds is None else 3):
             message = f"{tokens.ndim} axes of tokens: a prompt is put into sequences (B, T)"
             raise PlanError(Problem("unfit-input", message, self.stack))
+        refuse_packed(module, given, names, "a prompt")
         past = past_of(given)
         rows, length = tokens.shape[:2]
         count = self.acting.count
         mask = self._mask(given)
+        self._check_cache(given, mask, past, length, count)
         index = self.acting.index(mask, names.mask_hides)
         fresh, total = not past, (past or count) + length
         if self.limit is not None and total > self.limit:
@@ -176,6 +181,29 @@ class Widen(nn.Module):
             if takes(module, names.ids) and _must_be_given(module, str(names.ids)):
                 given[str(names.ids)] = None
         return (), given
+
+    def _check_cache(
+        self, given: dict[str, Any], mask: torch.Tensor | None, past: int, length: int, count: int
+    ) -> None:
+        """Refuse a cache in which the prompt does not lie where the mask has it."""
+        if mask is None or cache_of(given) is None:
+            return
+        if past and mask.shape[1] + count != past + length:
+            message = (
+                f"the cache holds {past} positions and {length} tokens come behind them, but the mask shows "
+                f"{mask.shape[1]} tokens, beside a prompt of {count}"
+            )
+            expected = (
+                "a cache that this prompt has begun, and the tokens that come behind: the cache's length, by "
+                "which generate(...) leaves out tokens, counts the prompt"
+            )
+            raise PlanError(Problem("unfit-cache", message, self.stack, expected))
+        if past or self.acting.before_padding or not can_look(mask):
+            return
+        if not bool(((mask != 0) ^ self.inputs.mask_hides).any(dim=1).all()):
+            message = "a row has no token yet, so that there is no place for the prompt behind its padding"
+            expected = "a first step, or prefill_chunk_size, that is longer than the padding"
+            raise PlanError(Problem("unfit-cache", message, self.stack, expected))
 
     def _mask(self, given: dict[str, Any]) -> torch.Tensor | None:
         mask = given.get(self.inputs.mask) if self.inputs.mask else None

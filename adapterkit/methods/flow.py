@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.errors import PlanError, Problem
 from adapterkit.model.blueprint import Blueprint, Scale, Slot
 
 Flow = dict[str, Any]
@@ -173,20 +174,32 @@ def past_of(given: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-class EntryInfo(nn.Module):
-    """Where a stack is entered: remember which positions are real, and how many a cache already holds."""
+def refuse_packed(module: nn.Module, given: Mapping[str, Any], inputs: Any, what: str) -> None:
+    """Refuse several texts in one row, where a method counts the positions of a row as those of one text.
 
-    def __init__(self, stack: str, mask: str | None, hides: bool = False) -> None:
-        super().__init__()
-        self.stack = stack
-        self.mask = mask
-        self.hides = hides
+    Models with a cache, that are given no mask, see by positions that begin anew where a text ends.
+    Args: inputs: what the stack calls its arguments.
+    Raises: PlanError.
+    """
+    numbers, mask = (given.get(name or "") for name in (inputs.positions, inputs.mask))
+    packed = any(given.get(name) is not None for name in _LENGTHS)
+    if isinstance(numbers, torch.Tensor) and numbers.ndim == 2 and mask is None and not packed:
+        causal = getattr(getattr(module, "config", None), "is_decoder", True)
+        names = inspect.signature(base_forward(module)).parameters
+        if causal and not past_of(given) and not _CACHES.isdisjoint(names) and can_look(numbers):
+            packed = bool((numbers[:, 1:] < numbers[:, :-1]).any())
+    if packed:
+        message = f"several texts are packed into one row, of which {what} would see the first alone"
+        raise PlanError(Problem("packed", message, expected="one text in each row, with a mask (B, T)"))
 
-    def forward(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = given_arguments(module, args, kwargs)
-        mask = given.get(self.mask) if self.mask else None
-        flow[f"{self.stack}.mask"] = mask == 0 if self.hides and mask is not None else mask
-        flow[f"{self.stack}.past"] = past_of(given)
-        return args, kwargs
+
+_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
+"""Where texts begin that are packed, as attention kernels are told."""
+_CACHES = frozenset({"cache", "past_key_values"})
+
+
+def can_look(tensor: torch.Tensor) -> bool:
+    """Whether numbers can be looked at here: not in a graph, neither of a compiler nor of a GPU."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

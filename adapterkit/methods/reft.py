@@ -11,13 +11,24 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from adapterkit.errors import ConfigError, Problem
+from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import Helper, Layers, MethodConfig, Shared, Unit, Unmergeable
-from adapterkit.methods.flow import EntryInfo, entry_place, first, flow_of, with_first
+from adapterkit.methods.flow import (
+    Flow,
+    can_look,
+    entry_place,
+    first,
+    flow_of,
+    given_arguments,
+    past_of,
+    refuse_packed,
+    with_first,
+)
 from adapterkit.methods.targets import Selection, chosen_layers
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import layer_slots
+from adapterkit.spec.schema import Inputs
 
 
 class ReFTConfig(MethodConfig):
@@ -81,7 +92,7 @@ class ReFTConfig(MethodConfig):
             Helper(
                 entry_place(blueprint, stack),
                 f"entry_info__{stack.replace('/', '_')}",
-                partial(EntryInfo, stack, inputs.mask, inputs.mask_hides),
+                partial(Entered, stack, inputs),
                 "entry",
                 0,
             )
@@ -137,6 +148,62 @@ class Intervention(nn.Module):
         return F.dropout(edited, self.dropout) if self.training and self.dropout else edited
 
 
+class Entered(nn.Module):
+    """Where a stack is entered: remember which positions are real, and how many a cache already holds.
+
+    Raises: PlanError: several texts are packed into one row.
+    """
+
+    def __init__(self, stack: str, inputs: Inputs) -> None:
+        super().__init__()
+        self.stack, self.inputs = stack, inputs
+
+    def forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given, names = given_arguments(module, args, kwargs), self.inputs
+        refuse_packed(module, given, names, "ReFT")
+        mask = given.get(names.mask) if names.mask else None
+        if names.mask_hides and mask is not None:
+            mask = mask == 0
+        past = past_of(given)
+        if not past and _parted(mask):
+            message = "the mask parts a row into texts that do not see each other, of which the first alone"
+            expected = "one text in each row"
+            raise PlanError(Problem("packed", f"{message} would be edited", self.stack, expected))
+        flow[f"{self.stack}.mask"], flow[f"{self.stack}.past"] = mask, past
+        flow[f"{self.stack}.late"] = _late(mask, past)
+        return args, kwargs
+
+
+def _parted(mask: Any) -> bool:
+    """Whether a token does not see the one before it, in what queries see of keys (B, 1, T, K)."""
+    if isinstance(mask, Mapping):
+        return bool(mask) and all(map(_parted, mask.values()))
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] < 2 or not can_look(mask):
+        return False
+    tokens = tokens_of(mask, mask.shape[2])
+    if tokens is None:
+        return False
+    before = _seen(mask)[:, 0].diagonal(offset=-1, dim1=1, dim2=2)[:, : mask.shape[2] - 1]
+    return bool((tokens[:, 1:] & tokens[:, :-1] & ~before).any())
+
+
+def _late(mask: Any, past: int) -> int | None:
+    """How many tokens the row that begins last has in a cache, if several more come; else None."""
+    if not past:
+        return None
+    if isinstance(mask, Mapping):
+        found = [late for late in (_late(one, past) for one in mask.values()) if late is not None]
+        return max(found, default=None)  # of a window only the end is seen
+    if not isinstance(mask, torch.Tensor):
+        return past if mask is None else None
+    if (mask.shape[2] if mask.ndim == 4 else mask.shape[1] - past) < 2 or not can_look(mask):
+        return None
+    seen = _seen(mask)
+    return past - int((seen[:, 0, 0] if mask.ndim == 4 else seen).long().argmax(dim=1).max())
+
+
 class ReFT(Unmergeable):
     """Edit the first and last positions of every example behind one layer.
 
@@ -166,10 +233,15 @@ class ReFT(Unmergeable):
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
         flow = flow_of(host)
-        if flow.get(f"{self.stack}.past"):
-            return out
         h = first(out)
         config, length = self.config, h.shape[1]
+        if flow.get(f"{self.stack}.past"):
+            late, count = flow.get(f"{self.stack}.late"), config.prefix_positions
+            if late is not None and length > 1 and late < count:
+                message = f"{count} positions are edited, but {max(late, 0)} of them were in the first step"
+                expected = "a first step, or prefill_chunk_size, longer than padding and positions"
+                raise PlanError(Problem("late-positions", message, self.stack, expected))
+            return out
         begin, end = spans(flow.get(f"{self.stack}.mask"), h)
         result = h
         if config.prefix_positions:
@@ -191,13 +263,18 @@ def tokens_of(mask: Any, length: int) -> torch.Tensor | None:
         mask = next(iter(mask.values()), None)
     if not isinstance(mask, torch.Tensor):
         return None
-    additive = mask.is_floating_point() and mask.ndim == 4
-    seen = mask > torch.finfo(mask.dtype).min / 2 if additive else mask != 0
+    seen = _seen(mask)
     if seen.ndim > 2:
         seen = seen[:, 0] if seen.ndim == 4 else seen
         seen = seen[:, 0] if seen.shape[1] == 1 else seen.diagonal(dim1=1, dim2=2)
         seen = seen[:, :length]
     return seen if seen.shape[1] == length else None
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    """What a mask shows, as bools; with four axes its numbers are added to scores."""
+    additive = mask.is_floating_point() and mask.ndim == 4
+    return mask > torch.finfo(mask.dtype).min / 2 if additive else mask != 0
 
 
 def spans(mask: Any, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
