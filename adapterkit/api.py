@@ -11,8 +11,8 @@ from torch import nn
 from adapterkit.errors import ConfigError, NotAttachedError, PlanError, Problem
 from adapterkit.files import reader
 from adapterkit.kit import Head_, Kit, Method
-from adapterkit.members import ATTRIBUTE
 from adapterkit.model.resolve import resolve
+from adapterkit.model.walk import ATTRIBUTE
 from adapterkit.planning import Plan
 from adapterkit.spec import registry
 from adapterkit.spec.schema import Interface

@@ -18,11 +18,8 @@ from adapterkit.inject.site import check_called, check_unwrapped, site_of
 from adapterkit.inject.state import NAME, part_tensors, place_tensors
 from adapterkit.methods.base import run_again
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.walk import parameters
+from adapterkit.model.walk import ATTRIBUTE, parameters
 from adapterkit.runtime import Programs, Runtime
-
-ATTRIBUTE = "_adapterkit"
-"""Where the model keeps its kit."""
 
 
 class Named(Mapping[str, Adapter]):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import CompositionError, PlanError, Problem
-from adapterkit.inject import again, apart, attention, lanes
+from adapterkit.inject import again, apart, attention, lanes, replaced
 from adapterkit.inject.lanes import Seen
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.walk import CHILD
@@ -230,6 +230,7 @@ def open_site(
     """Make a module a site, or give back the one it is."""
     site = site_of(module)
     if site is None:
+        replaced.attend()
         site = Site(key, runtime)
         site.__dict__["training"] = module.training
         cls: Any = type(module)

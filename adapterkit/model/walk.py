@@ -13,6 +13,8 @@ from adapterkit.errors import did_you_mean, listing
 
 CHILD = "adapterkit"
 """Name of the child under which a module carries what adapters put there."""
+ATTRIBUTE = "_adapterkit"
+"""Where the model keeps its kit."""
 
 
 def parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

@@ -183,3 +183,49 @@ def test_two_models_around_one_backbone() -> None:
     assert list(second.state_dict()) == keys
     kit.detach()
     ak.attach(second, "lora")
+
+
+# --------------------------------------------------------------------------------------- replaced modules
+
+
+def test_modules_with_adapters_are_not_replaced_without_a_word() -> None:
+    """The new module has no adapters, while the kit would save and train those of the old."""
+    model, tokens = adapted("llama", PROMPT), ids(2, 6)
+    kit, before = ak.of(model), logits(model, tokens)
+    table = nn.Embedding.from_pretrained(model.get_input_embeddings().weight * 2)
+    inverse = adapted("llama", "seq_bn_inv")
+    classifier = tiny.build("bert", "BertForSequenceClassification")
+    ak.attach(classifier, "lora")
+    for change in (
+        lambda: model.set_input_embeddings(table),
+        lambda: inverse.resize_token_embeddings(70),
+        lambda: setattr(classifier, "classifier", nn.Linear(32, 5)),
+        lambda: setattr(classifier.bert.encoder, "layer", classifier.bert.encoder.layer[:1]),
+    ):
+        with pytest.raises(PlanError) as refused:
+            change()
+        assert refused.value.code == "replaced-module"
+    assert torch.equal(logits(model, tokens), before)
+    kit.detach()
+    model.set_input_embeddings(table)
+    assert model.get_input_embeddings() is table
+
+
+def test_modules_without_adapters_may_be_replaced_and_those_with_may_be_wrapped() -> None:
+    model, tokens = adapted("llama", PROMPT), ids(2, 6)
+    before = logits(model, tokens)
+    model.lm_head = nn.Linear(32, 64, bias=False).requires_grad_(False)
+    assert not torch.allclose(logits(model, tokens), before)
+    model.model.embed_tokens = Wrapper(model.model.embed_tokens)
+    logits(model, tokens)
+    around = Wrapper(model)
+    around.inner = adapted("llama", "lora")  # a whole model with its kit
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
