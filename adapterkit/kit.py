@@ -15,13 +15,7 @@ from adapterkit.activation import programs
 from adapterkit.adapter import Adapter
 from adapterkit.averaging import average as averaging
 from adapterkit.composition import Fuse, Setup, names
-from adapterkit.errors import (
-    ConfigError,
-    NotAttachedError,
-    PlanError,
-    Problem,
-    listing,
-)
+from adapterkit.errors import ConfigError, NotAttachedError, PlanError, Problem, listing
 from adapterkit.files import adapterhub, native, peft, reader, setups
 from adapterkit.files.assemble import assemble
 from adapterkit.files.content import Bundle
@@ -135,7 +129,7 @@ class Kit(Named):
         for content in contents:
             self._members.check_name(name or content.name, replace, isinstance(content.config, FusionConfig))
         made = [assemble(self.blueprint, content, name or content.name, head) for content in contents]
-        before, active = dict(self._adapters), (self._active, self._skipped)
+        before, active = (dict(self._adapters), self.shared), (self._active, self._skipped)
         try:
             for new in made:
                 self._install(
@@ -146,12 +140,9 @@ class Kit(Named):
             if activate and bundle.setup is not None:
                 self.activate(bundle.setup, bundle.skip_layers)
         except BaseException:
-            for own in reversed(list(self)):
-                if own not in before:
-                    self.detach(own)
-                elif self[own] is not before[own]:
-                    self._members.exchange(self[own], before[own])
-            if before:
+            self._members.back(*before)
+            self._active = None
+            if len(self):
                 self.activate(*active)
             raise
         return self
@@ -168,6 +159,8 @@ class Kit(Named):
         """Put a complete adapter into the model: all of it or nothing."""
         self._refuse_merged("attach")
         old = self._adapters.get(plan.name)
+        if old is not None:
+            self._members.refuse_used("replace", plan.name)
         adapter = Adapter(
             plan.name,
             plan,
@@ -176,17 +169,19 @@ class Kit(Named):
             {found.address: copied for found, copied in heads.items()},
             {found.address: copied for found, copied in poolers.items()},
         )
+        before = dict(self._adapters), self.shared
         try:
             self._members.exchange(old, adapter)
+            adapter.require_grad(trainable)
+            if activate or self._active == fusing.setup_of(adapter):
+                self.activate(fusing.setup_of(adapter))
+            elif adapter.name in names(self._active):
+                self.activate(self._active, self._skipped)
         except BaseException:
-            if old is not None:
+            self._members.back(*before)
+            if len(self):
                 self.activate(self._active, self._skipped)
             raise
-        adapter.require_grad(trainable)
-        if activate or self._active == fusing.setup_of(adapter):
-            self.activate(fusing.setup_of(adapter))
-        elif adapter.name in names(self._active):
-            self.activate(self._active, self._skipped)
         report.log(plan)
         return self
 
@@ -322,9 +317,10 @@ class Kit(Named):
         Raises: PlanError: that is no type.
         """
         wanted = None if dtype is None else dtype_named(dtype)
-        for member in self._groups.of(self[name].name):
-            for module in self[member].modules().values():
-                module.to(device=device, dtype=wanted)
+        for adapter in [self[member] for member in self._groups.of(self[name].name)]:
+            for address, module in adapter.modules().items():  # a head has the type of the model's own
+                is_copy = address in adapter.heads or address in adapter.poolers
+                module.to(device=device, dtype=None if is_copy else wanted)
         return self
 
     # -- fusion
@@ -436,6 +432,7 @@ class Kit(Named):
         """
         self._refuse_merged("merge")
         adapter = self[name]
+        self._members.refuse_used("merge")
         merging.check(self.model, adapter)
         programs = self._programs(name)
         self._originals = merging.fold(self.model, adapter)
@@ -476,11 +473,13 @@ class Kit(Named):
     def detach(self, name: str | None = None) -> nn.Module:
         """Remove one adapter, or all: the model is as if they had never been attached."""
         if name is None:
+            self._members.refuse_used("detach", *self)
             if self.merged:
                 self.unmerge()
             self._take_all()
             return self.model
         adapter = self[name]
+        self._members.refuse_used("detach", name)
         if adapter.merged:
             self.unmerge()
         self._refuse_merged("detach")

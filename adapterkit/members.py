@@ -9,7 +9,8 @@ from torch import nn
 
 from adapterkit import fusing, sharing
 from adapterkit.adapter import Adapter
-from adapterkit.errors import ConfigError, NotAttachedError, Problem, did_you_mean, listing
+from adapterkit.composition import names
+from adapterkit.errors import ConfigError, NotAttachedError, PlanError, Problem, did_you_mean, listing
 from adapterkit.files import manifest
 from adapterkit.inject import entry
 from adapterkit.inject.batch import Inputs
@@ -18,6 +19,7 @@ from adapterkit.inject.site import check_called, check_unwrapped, site_of
 from adapterkit.inject.state import NAME, part_tensors, place_tensors
 from adapterkit.methods.base import run_again
 from adapterkit.model.blueprint import Blueprint, Head, Slot
+from adapterkit.model.embeddings import shared_embeddings
 from adapterkit.model.walk import ATTRIBUTE, parameters
 from adapterkit.runtime import Programs, Runtime
 
@@ -81,6 +83,16 @@ class Members:
             raise ConfigError(Problem("name-taken", message, "name", "another name, or replace=True"))
         fusing.refuse_used(name, self.adapters, "replace")
 
+    def refuse_used(self, verb: str, *own: str) -> None:
+        """Refuse what takes adapters (default: what acts) from under a block of `using` in this thread.
+
+        Raises: PlanError.
+        """
+        override = self.runtime.override
+        if override.programs is not None and (not own or set(own) & set(names(override.active))):
+            message = f"kit.using({override.active!r}) says what acts in this block"
+            raise PlanError(Problem("in-use", message, verb, "the same call after the block"))
+
     def run(self, programs: Programs) -> None:
         """Let every site run its program."""
         hosts = dict(self.entries)
@@ -97,7 +109,7 @@ class Members:
 
         Raises: PlanError: a host cannot take it; the old one is there again, and no site has its program.
         """
-        order = list(self.adapters)
+        order, groups = list(self.adapters), self.groups.names
         if old is not None:
             self.take(old)
         try:
@@ -105,6 +117,7 @@ class Members:
         except BaseException:
             if old is not None:
                 self.put(old)
+                self.regroup(groups)
             raise
         finally:
             for name in order if old is not None else ():
@@ -125,6 +138,8 @@ class Members:
             helpers += run_again(self.blueprint, [*adapter.plan.slots, *(helper.place for helper in helpers)])
         record = manifest.write(adapter.plan, self.blueprint)
         check_called(self.blueprint, [host.path for host, _ in hosts] + [one.place.path for one in helpers])
+        if problems := shared_embeddings(self.blueprint, adapter.plan.slots):
+            raise PlanError(problems)
         fusing.connect(adapter, self.adapters)
         adapter.injection = inject(
             self.runtime, adapter.name, hosts, adapter.shared, helpers, record, self.top
@@ -147,8 +162,30 @@ class Members:
         others = (other.injection for other in self.adapters.values() if other is not adapter)
         eject(adapter.injection, others, self.top)
         self.adapters.pop(adapter.name, None)
+        left = [name for name in self.groups.of(adapter.name) if name != adapter.name]
         self.groups.leave(adapter.name)
+        if left:
+            sharing.require_grad([self.adapters[name] for name in left])
+            sharing.record(self.groups, self.adapters, self.blueprint)
         self.top.attend(self.model)
+
+    def back(self, before: Mapping[str, Adapter], groups: tuple[tuple[str, ...], ...]) -> None:
+        """Take out what has come since then, and put back what was replaced."""
+        for name, own in reversed(list(self.adapters.items())):
+            if name not in before:
+                self.take(own)
+            elif own is not before[name]:
+                self.exchange(own, before[name])
+        if self.adapters:
+            self.regroup(groups)
+        elif ATTRIBUTE in self.model.__dict__:
+            self._leave()
+
+    def regroup(self, groups: tuple[tuple[str, ...], ...]) -> None:
+        """Let these groups share, of whose members the tensors are the same ones already."""
+        if groups != self.groups.names:
+            self.groups.names = groups
+            sharing.record(self.groups, self.adapters, self.blueprint)
 
     def check_unwrapped(self) -> None:
         """Raise PlanError where another library wrapped a host on top, so that the kit cannot leave."""
@@ -181,6 +218,7 @@ class Members:
         for *_, parameter in trained:
             parameter.requires_grad_(False)
         self._hooks = [
+            self.model.register_load_state_dict_pre_hook(_refuse_merged_load),
             self.model.register_load_state_dict_pre_hook(place_tensors),
             self.model.register_state_dict_pre_hook(_refuse_merged_state),
             self.model.register_state_dict_post_hook(_part_shared),
@@ -209,6 +247,13 @@ def _refuse_merged_state(model: nn.Module, prefix: str, keep_vars: bool) -> None
     kit = model.__dict__.get(ATTRIBUTE)
     if kit is not None:
         kit._refuse_merged("state_dict")
+
+
+def _refuse_merged_load(model: nn.Module, *rest: Any) -> None:
+    """Load-state-dict pre-hook: what is loaded into merged weights would be gone after `unmerge`."""
+    kit = model.__dict__.get(ATTRIBUTE)
+    if kit is not None:
+        kit._refuse_merged("load_state_dict")
 
 
 def _part_shared(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -70,9 +70,22 @@ def _fold_all(adapter: Adapter, originals: Originals) -> None:
         new_bias = None if bias is None else bias.to(wide, copy=True)
         for slot in slots:
             _fold_slot(adapter, slot, new_weight, new_bias)
+        _check_range(slots, (weight, new_weight), (bias, new_bias))
         weight.copy_(new_weight.t() if slots[0].transposed else new_weight)
         if bias is not None and new_bias is not None:
             bias.copy_(new_bias)
+
+
+def _check_range(slots: list[Slot], *tensors: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
+    """Refuse numbers that the type of a host has not got, or that are none.
+
+    Raises: PlanError.
+    """
+    for old, new in tensors:
+        if old is not None and new is not None and not bool(new.to(old.dtype).isfinite().all()):
+            what = f"the sum has numbers that are not finite in {str(old.dtype).removeprefix('torch.')}"
+            message = f"{slots[0].path} cannot be merged: {what}"
+            raise PlanError(Problem("cannot-merge", message, slots[0].address))
 
 
 def _fold_slot(adapter: Adapter, slot: Slot, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -109,8 +122,9 @@ def restore(model: nn.Module, originals: Originals) -> None:
 
 @torch.no_grad()
 def keep_heads(adapter: Adapter, blueprint: Blueprint) -> None:
-    """Give the model itself the weights of an adapter's heads and poolers."""
+    """Give the model itself the tensors of an adapter's heads and poolers."""
     for found in (*blueprint.heads, *blueprint.poolers):
         copied = {**adapter.heads, **adapter.poolers}.get(found.address)
-        for path, new in copied.named_parameters() if copied is not None else ():
-            found.module.get_parameter(path).copy_(new)
+        own = found.module.state_dict(keep_vars=True)  # running statistics are part of a head too
+        for path, new in copied.state_dict().items() if copied is not None else ():
+            own[path].copy_(new)

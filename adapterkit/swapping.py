@@ -8,7 +8,7 @@ import torch
 
 from adapterkit.adapter import Adapter
 from adapterkit.errors import FileFormatError, PlanError, Problem
-from adapterkit.files.assemble import compare
+from adapterkit.files.assemble import compare, other_types
 from adapterkit.files.content import Content
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint
@@ -37,7 +37,7 @@ def swap(adapter: Adapter, content: Content, blueprint: Blueprint) -> None:
             message = "the file brings another pooler than the model's own, on which this adapter stands"
             problems.append(Problem("other-adapter", message, address, file=content.source))
     shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
-    problems += compare(shapes, given, content.source)
+    problems += compare(shapes, given, content.source) + other_types(own, given, content.source)
     if content.config.to_dict() != adapter.config.to_dict():
         message = f"the file holds {content.config.method} with other options than {adapter.name!r}"
         problems.append(Problem("other-adapter", message, adapter.name, file=content.source))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import nn
@@ -118,15 +119,18 @@ def fill(plan: Plan, draft: Draft, content: Content, model: nn.Module) -> None:
     problems = compare(
         {key: tuple(value.shape) for key, (_, _, value) in wanted.items()}, content.tensors, content.source
     )
+    problems += other_types(
+        {key: value for key, (_, _, value) in wanted.items()}, content.tensors, content.source
+    )
     if problems:
         raise FileFormatError(problems)
     for address, module in draft.modules().items():
         own = {key: content.tensors[f"{address}.{key}"] for key in module.state_dict()}
         if not own:
             continue
-        dtype = next(iter(own.values())).dtype
+        floats = [tensor.dtype for tensor in own.values() if tensor.is_floating_point()]
         module.to_empty(device=device_of(hosts[address], model))
-        module.to(dtype if dtype.is_floating_point else torch.float32)
+        module.to(reduce(torch.promote_types, floats) if floats else torch.float32)
         module.load_state_dict(own)
 
 
@@ -149,14 +153,31 @@ def compare(
     return problems
 
 
+def other_types(
+    wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], source: str
+) -> list[Problem]:
+    """What is no floating-point number where one was expected, or one that nothing computes with."""
+    return [
+        Problem(
+            "bad-file", f"holds {given[key].dtype}", key, f"one of {listing(map(str, _FLOATS))}", file=source
+        )
+        for key in sorted(wanted.keys() & given.keys())
+        if wanted[key].is_floating_point() and given[key].dtype not in _FLOATS
+    ]
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def filled_head(module: nn.Module, head: Head, content: Content) -> nn.Module:
     """A copy of a head with the file's tensors.
 
     Raises: FileFormatError: they do not fit, other labels for example.
     """
     own = content.heads[head.path]
-    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    problems = compare(shapes, own, content.source)
+    there = module.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in there.items()}
+    problems = compare(shapes, own, content.source) + other_types(there, own, content.source)
     if problems:
         hint = f"heads here: {listing(f'{key} {shape}' for key, shape in shapes.items())}"
         raise FileFormatError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adapterkit.errors import FileFormatError, Problem
+from adapterkit.files.present import refuse_away
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,11 +65,14 @@ def read_tensors(path: Path, allow_bin: bool) -> dict[str, torch.Tensor]:
 def write_directory(
     directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], texts: Mapping[str, str]
 ) -> Path:
-    """Write files to a temporary directory beside `directory`, then move them in place: weights first,
-    config last.
+    """Write files to a temporary directory beside `directory`, then move them in place.
 
+    What they replace is moved away first, texts before tensors: at no time is an old config beside new
+    tensors, and an exception brings everything back.
     Args: tensors: file name -> named tensors; texts: file name -> text.
     """
+    for named in tensors.values():
+        refuse_away(named)
     directory.parent.mkdir(parents=True, exist_ok=True)
     if directory.exists() and not directory.is_dir():
         raise FileFormatError(Problem("bad-file", "is a file, not a directory", file=str(directory)))
@@ -84,22 +88,44 @@ def write_directory(
         if not directory.exists():
             work.replace(directory)
         else:
-            for name in (*tensors, *texts):
-                (work / name).replace(directory / name)
+            _exchange(directory, (*tensors, *texts), work, Path(folder) / "old")
         shutil.rmtree(work, ignore_errors=True)
     return directory
 
 
+def _exchange(directory: Path, names: Sequence[str], new: Path, old: Path) -> None:
+    """Move files into a directory, and those of the same names out of it; all of them or none."""
+    old.mkdir()
+    gone, put = [], []
+    try:
+        for name in reversed(names):
+            if (directory / name).exists():
+                (directory / name).rename(old / name)
+                gone.append(name)
+        for name in names:
+            (new / name).rename(directory / name)
+            put.append(name)
+    except BaseException:
+        for name in put:
+            (directory / name).unlink()
+        for name in reversed(gone):
+            (old / name).rename(directory / name)
+        raise
+
+
 @contextmanager
-def replaced(directory: Path, config: str, named: Callable[[Path], Iterable[str]]) -> Iterator[Path]:
+def replaced(
+    directory: Path, config: str, named: Callable[[Path], Iterable[str]], files: Set[str]
+) -> Iterator[Path]:
     """A new directory to write into, which then stands at this place as a whole; or nothing has changed.
 
     What stands there may go if it is empty, or holds a setup and nothing beside it.
-    Args: config: the file of a setup.  named: what is beside that file, by what it says.
+    Args: config: the file of a setup.  named: directories beside that file, by what it says.
+        files: what is in those.
     Raises: FileFormatError: there is something else at this place.
     """
-    if directory.exists() and not (directory.is_dir() and _may_go(directory, config, named)):
-        message = "is there already, and no setup that could be replaced"
+    if directory.exists() and not (directory.is_dir() and _may_go(directory, config, named, files)):
+        message = "is there already, and no setup that could be replaced without losing other files"
         raise FileFormatError(Problem("bad-file", message, file=str(directory)))
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
@@ -121,8 +147,12 @@ def to_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 
-def _may_go(directory: Path, config: str, named: Callable[[Path], Iterable[str]]) -> bool:
-    found = {path.name for path in directory.iterdir()}
-    if config not in found:
+def _may_go(directory: Path, config: str, named: Callable[[Path], Iterable[str]], files: Set[str]) -> bool:
+    found = {path.relative_to(directory).parts for path in directory.rglob("*")}
+    if (config,) not in found:
         return not found
-    return found <= {config, *named(directory / config)}
+    own = set(named(directory / config))
+    return all(
+        path == (config,) or (path[0] in own and (len(path) == 1 or (len(path) == 2 and path[1] in files)))
+        for path in found
+    )

@@ -14,6 +14,7 @@ from adapterkit.errors import FileFormatError, Problem
 from adapterkit.files import manifest
 from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors, to_json, write_directory
+from adapterkit.files.present import state_dict
 from adapterkit.methods.names import parse
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.versions import __version__, installed
@@ -29,18 +30,18 @@ def write(directory: Path, adapter: Adapter, blueprint: Blueprint, head: bool | 
         f"{address}.{name}": value
         for address, module in adapter.modules().items()
         if address not in adapter.heads and address not in adapter.poolers
-        for name, value in module.state_dict().items()
+        for name, value in state_dict(module).items()
     }
     heads = adapter.heads if head else {}
     for address, module in heads.items():
-        tensors |= {f"{address}.{name}": value for name, value in module.state_dict().items()}
+        tensors |= {f"{address}.{name}": value for name, value in state_dict(module).items()}
     for pooler in blueprint.poolers:
         # a pooler that came with the adapter goes with it, even where there is no head
         if heads or (head and pooler.address in adapter.poolers):
             module = adapter.poolers.get(pooler.address, pooler.module)
             tensors |= {
                 f"{pooler.address}.{name}": value
-                for name, value in module.state_dict().items()
+                for name, value in state_dict(module).items()
                 if "adapterkit." not in name
             }
     data = manifest.describe(adapter.plan, blueprint)
@@ -81,7 +82,7 @@ def to_content(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], sou
         slots = {str(a): (int(shape[0]), int(shape[1])) for a, shape in data["slots"].items() if shape}
         paths = [str(path) for path in data["heads"]]
         name, config = str(data["name"]), data["config"]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         problem = Problem("bad-file", f"the config lacks or misstates {error}", file=source)
         raise FileFormatError(problem) from None
     heads: dict[str, dict[str, torch.Tensor]] = {path: {} for path in paths}

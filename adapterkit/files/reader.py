@@ -13,6 +13,7 @@ from adapterkit.files import adapterhub, manifest, native, peft, setups
 from adapterkit.files.content import Bundle, Content
 from adapterkit.files.disk import read_json, read_tensors
 from adapterkit.inject.state import is_manifest, slug, strip
+from adapterkit.methods.fusion import FusionConfig
 from adapterkit.model.blueprint import Blueprint
 
 _CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")
@@ -24,11 +25,14 @@ _PATTERNS = ["*.json", "*.safetensors", "*.bin"]
 def locate(source: str | Path, revision: str | None, local_files_only: bool) -> Path:
     """A local directory, or the snapshot of a hub id in huggingface_hub's cache.
 
-    Raises: FileFormatError: neither exists.
+    Raises: FileFormatError: neither exists, or it is a file.
     """
     path = Path(source)
+    if path.is_dir():
+        return path
     if path.exists():
-        return path if path.is_dir() else path.parent
+        message = "is a file; what it says is read together with what lies beside it"
+        raise FileFormatError(Problem("not-found", message, expected="its directory", file=str(path)))
     name = str(source)
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
         raise FileFormatError(Problem("not-found", "there is no such directory", file=name))
@@ -130,9 +134,10 @@ def _checkpoint_tensors(directory: Path, allow_bin: bool) -> dict[str, torch.Ten
     """All tensors of a full checkpoint, from one file or several."""
     index = directory / _INDEX
     if index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        listed = read_json(index).get("weight_map")
+        files = listed.values() if isinstance(listed, dict) else (listed,)
         tensors: dict[str, torch.Tensor] = {}
-        for name in files:
+        for name in sorted(set(map(str, files))):
             if Path(name).name != name:
                 raise FileFormatError(
                     Problem("bad-file", f"names a file elsewhere: {name!r}", file=str(index))
@@ -169,7 +174,8 @@ def checkpoint(tensors: Mapping[str, torch.Tensor], source: str) -> list[Content
         raise FileFormatError(
             Problem("no-adapter", "the checkpoint holds no adapter of adapterkit", file=source)
         )
-    return contents
+    # a fusion is put between adapters that are there already
+    return sorted(contents, key=lambda content: isinstance(content.config, FusionConfig))
 
 
 def _addresses(data: Mapping[str, Any]) -> dict[str, str]:
@@ -192,10 +198,21 @@ def interface_for(source: str | Path, given: Any, revision: str | None, local_fi
     if (directory / setups.CONFIG).is_file():  # each of its adapters says the same
         config = next(iter(sorted(directory.glob(f"*/{native.CONFIG}"))), config)
     if config.is_file():
-        spec = read_json(config).get("interface")
-        return spec.get("spec") if isinstance(spec, dict) else None
+        return _interface(read_json(config), str(config))
     if any((directory / name).is_file() for name in (_CHECKPOINTS[0], _INDEX)):
         parts = strip(_checkpoint_tensors(directory, allow_bin=False))
         for key in sorted(part for part in parts if is_manifest(part)):
-            return manifest.read(parts[key], str(directory))["interface"].get("spec")
+            return _interface(manifest.read(parts[key], str(directory)), str(directory))
     return None
+
+
+def _interface(data: Mapping[str, Any], file: str) -> dict[str, Any] | None:
+    """The interface that a config holds in full.
+
+    Raises: FileFormatError: it holds something else in its place.
+    """
+    said = data.get("interface")
+    spec = said.get("spec") if isinstance(said, dict) else None
+    if spec is not None and not isinstance(spec, dict):
+        raise FileFormatError(Problem("bad-file", "'spec' is no interface", "interface", file=file))
+    return spec

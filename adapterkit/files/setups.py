@@ -66,7 +66,7 @@ def write(
         "shares": [list(group) for group in groups if len(group) > 1],
         "versions": {"adapterkit": __version__} | {p: installed(p) for p in ("torch", "transformers")},
     }
-    with replaced(directory, CONFIG, _named) as work:
+    with replaced(directory, CONFIG, _named, {native.CONFIG, native.WEIGHTS}) as work:
         for name in names(setup):
             native.write(work / name, adapters[name], blueprint, head)
         (work / CONFIG).write_text(to_json(data), encoding="utf-8")
@@ -88,8 +88,9 @@ def read(directory: Path) -> Bundle:
     manifest.check_version(data, str(file))
     manifest.check_words(data, _WORDS, str(file))
     setup, shares, skipped = _setup(file, data), data.get("shares", []), data.get("skip_layers", [])
-    if not isinstance(skipped, list) or not isinstance(shares, list):
-        raise FileFormatError(Problem("bad-file", "'shares' and 'skip_layers' are lists", file=str(file)))
+    if not isinstance(skipped, list) or not isinstance(shares, list) or not all(map(_is_group, shares)):
+        message = "'skip_layers' is a list of layers, 'shares' one of lists of names"
+        raise FileFormatError(Problem("bad-file", message, file=str(file)))
     fusions = {block.name for block in blocks(setup) if isinstance(block, Fuse)}
     contents = []
     for name in sorted(names(setup), key=lambda name: name in fusions):
@@ -99,6 +100,10 @@ def read(directory: Path) -> Bundle:
         others = [other for group in shares if name in group for other in group if other != name]
         contents.append(replace(found, name=name, facts={**found.facts, "shares": others}))
     return Bundle(tuple(contents), setup, tuple(skipped))
+
+
+def _is_group(shared: Any) -> bool:
+    return isinstance(shared, list) and all(isinstance(name, str) for name in shared)
 
 
 def _setup(file: Path, data: Mapping[str, Any]) -> Setup:

@@ -127,8 +127,14 @@ def inject(
         plan.insert(0, (plan[0][0], plan[0][1], "shared", shared))
     hosts = [(path, host) for path, host, _, _ in plan]
     hosts += [(helper.place.path, helper.place.module) for helper in helpers if helper.place.path != top.key]
+    first_path: dict[nn.Module, str] = {}
     for path, host in hosts:
         check(host, path, runtime)
+        site, known = site_of(host), first_path.setdefault(host, path)
+        known = known if site is None else site.key
+        if known != path:  # a site knows one place only
+            expected = "a module for each place, as after save_pretrained and from_pretrained"
+            raise PlanError(Problem("shared-module", f"{path} is the same module as {known}", path, expected))
     opened: list[tuple[str, nn.Module]] = []
 
     def opening(host: nn.Module, path: str, unit: nn.Module | None = None) -> Site:

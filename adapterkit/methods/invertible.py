@@ -16,7 +16,7 @@ from adapterkit.methods.base import MethodConfig, Shared, Unit, Unmergeable, Wor
 from adapterkit.methods.flow import first, with_first
 from adapterkit.methods.targets import Selection, unknown_stacks
 from adapterkit.model.blueprint import Blueprint, Slot
-from adapterkit.model.embeddings import embedding_slots, unembed_slots
+from adapterkit.model.embeddings import embedding_slots, shared_embeddings, unembed_slots
 
 
 class InvertibleConfig(MethodConfig):
@@ -69,6 +69,7 @@ class InvertibleConfig(MethodConfig):
             raise PlanError(
                 Problem("no-embeddings", message, expected="an interface that says 'embeddings: {out: ...}'")
             )
+        missing += shared_embeddings(blueprint, slots.values())
         if self.inverse is False or not slots:
             return Selection.of(list(slots.values()), missing)
         first = next(iter(slots.values())).stack

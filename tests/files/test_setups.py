@@ -217,3 +217,43 @@ def test_an_unknown_key_is_refused(file: str, tmp_path: Path) -> None:
     with pytest.raises(FileFormatError) as caught:
         ak.load(tiny.build("bert"), directory, head=False)
     assert caught.value.code == "bad-file" and "'version'" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["a/notes.txt", "a/runs/log.txt", "b/head_config.json"])
+@pytest.mark.parametrize("form", ["adapterkit", "adapterhub"])
+def test_files_beside_an_adapter_of_a_setup_are_not_lost(form: Any, place: str, tmp_path: Path) -> None:
+    kit = crew("a", "b")
+    kit.save(tmp_path / "crew", setup=ak.Stack("a", "b"), format=form)
+    kit.save(tmp_path / "crew", setup=ak.Stack("b", "a"), format=form)
+    kept = tmp_path / "crew" / place
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("keep")
+    with pytest.raises(FileFormatError) as caught:
+        kit.save(tmp_path / "crew", setup=ak.Stack("a", "b"), format=form)
+    assert caught.value.code == "bad-file" and kept.read_text() == "keep"
+
+
+@pytest.mark.parametrize("how", ["setup", "alone", "checkpoint"])
+def test_a_fusion_of_adapters_with_heads_has_none_of_its_own(how: str, tmp_path: Path) -> None:
+    cls = "BertForSequenceClassification"
+    kit = ak.attach(tiny.build("bert", cls), "seq_bn", name="a", seed=1)
+    kit.attach("seq_bn", name="b", seed=2)
+    kit.fuse("a", "b", seed=3).activate(ak.Fuse("a", "b"))
+    with torch.no_grad():
+        for adapter in kit.values():
+            for tensor in adapter.parameters():
+                tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(4)))
+    model, fresh = kit.model.eval(), tiny.build("bert", cls).eval()
+    given = tiny.inputs("bert", cls)
+    with torch.no_grad():
+        expected = model(**given).logits
+    if how == "setup":
+        ak.load(fresh, kit.save(tmp_path / "crew", setup=kit.active))
+    elif how == "checkpoint":
+        model.save_pretrained(tmp_path)
+        ak.load(fresh, tmp_path)
+    else:
+        for name in ("a", "b", "a+b"):
+            ak.load(fresh, kit.save(tmp_path / name, name))
+    with torch.no_grad(), ak.of(fresh).using(ak.Fuse("a", "b")):
+        assert torch.equal(fresh(**given).logits, expected)

@@ -255,6 +255,30 @@ def test_adapters_come_out_of_a_full_checkpoint_as_they_were(tmp_path: Path) -> 
     assert all(torch.equal(output(loaded, name), value) for name, value in zip("ab", expected, strict=True))
 
 
+@pytest.mark.parametrize("how", ["replaced", "attached again"])
+def test_who_has_left_is_alone_in_a_checkpoint_too(how: str, tmp_path: Path) -> None:
+    kit = kit_of().share("a", "b")
+    if how == "attached again":
+        kit.detach("b")
+    kit.attach(MTL, name="b", replace=how == "replaced", seed=9)
+    want = {name: output(kit, name) for name in "ab"}
+    assert not torch.equal(
+        kit["a"].units["encoder.0.attention.q"].A, kit["b"].units["encoder.0.attention.q"].A
+    )
+    kit.model.save_pretrained(tmp_path)
+    loaded = ak.load(type(kit.model).from_pretrained(tmp_path), tmp_path)
+    assert loaded.shared == () and not tied(loaded, "a", "b")
+    assert all(torch.equal(output(loaded, name), value) for name, value in want.items())
+
+
+def test_a_replacement_that_fails_leaves_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = kit_of().share("a", "b")
+    layer = kit.model.get_submodule("bert.encoder.layer.1.output.dense")
+    monkeypatch.setattr(layer, "forward", lambda x: x)
+    refused(PlanError, "wrapped-forward", kit.attach, "lora[targets=down]", name="b", replace=True)
+    assert kit.shared == (("a", "b"),) and tied(kit, "a", "b")
+
+
 def test_a_file_of_one_adapter_holds_all_of_it(tmp_path: Path) -> None:
     kit = kit_of().share("a", "b")
     kit.save(tmp_path, "b")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import adapterkit as ak
+from adapterkit.errors import FileFormatError
 from tests.mechanisms.scene import METHODS, attach, gradients, run
 from tests.models import tiny
 
@@ -228,3 +231,34 @@ def test_device_map_of_one_device(method: str) -> None:
     accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     attach(model, method)
     assert torch.equal(run(model, given), reference("bert", method))
+
+
+@pytest.mark.parametrize(
+    ("first", "form"), [("attach", "adapterkit"), ("offload", "adapterkit"), ("offload", "peft")]
+)
+def test_what_is_offloaded_is_saved_with_its_numbers(first: str, form: Any, tmp_path: Path) -> None:
+    cls = "BertForSequenceClassification"
+    model = tiny.build("bert", cls).eval()
+    if first == "offload":
+        accelerate.cpu_offload(model, "cpu")
+    kit = ak.attach(model, "lora")
+    if first == "attach":
+        with torch.no_grad():
+            for tensor in kit["default"].parameters():
+                tensor.add_(0.1)
+        accelerate.cpu_offload(model, "cpu")
+    with torch.no_grad():
+        expected = model(**tiny.inputs("bert", cls)).logits
+        fresh = tiny.build("bert", cls).eval()
+        ak.load(fresh, kit.save(tmp_path, format=form))
+        torch.testing.assert_close(fresh(**tiny.inputs("bert", cls)).logits, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["adapterkit", "peft"])
+def test_what_was_never_loaded_is_not_saved(form: Any, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = tiny.build("bert")
+    kit = ak.attach(model, "lora")
+    with pytest.raises(FileFormatError) as caught:
+        kit.save(tmp_path / "a", format=form)
+    assert caught.value.code == "weight-unreadable" and not (tmp_path / "a").exists()

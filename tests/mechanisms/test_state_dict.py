@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import adapterkit as ak
 from adapterkit.errors import FileFormatError, PlanError
 from tests.mechanisms.scene import METHODS, attach, run, same, tensors
 from tests.models import tiny
@@ -142,3 +143,16 @@ def test_the_state_of_a_merged_model_is_refused() -> None:
     assert error.value.code == "merged"
     kit.unmerge()
     assert model.state_dict()
+
+
+def test_nothing_is_loaded_into_merged_weights() -> None:
+    """`unmerge` would put the weights back that were there before."""
+    model = tiny.build("bert")
+    weights = {key: value.clone() for key, value in tiny.build("bert", seed=3).state_dict().items()}
+    kit = ak.attach(model, "lora").merge("default")
+    with pytest.raises(PlanError) as caught:
+        model.load_state_dict(weights)
+    assert caught.value.code == "merged"
+    kit.unmerge()
+    model.load_state_dict(weights)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())

@@ -208,6 +208,29 @@ def test_while_merged_nothing_else_is_changed(kit: ak.Kit, outputs: dict[str, Te
     refused(PlanError, "not-merged", kit.unmerge)
 
 
+def test_what_acts_in_a_block_is_not_taken_from_under_it(kit: ak.Kit, outputs: dict[str, Tensor]) -> None:
+    """Merged, it would act twice; detached or replaced, the block would run units that are gone."""
+    for setup in ("a", ak.Stack("a", "b")):
+        with kit.using(setup):
+            inside, before = run(kit.model), picture(kit.model)
+            for call in (
+                lambda: kit.merge("a"),
+                lambda: kit.merge("c"),
+                lambda: kit.merge_and_detach("a"),
+                lambda: kit.detach("a"),
+                kit.detach,
+                lambda: kit.attach("ia3", name="a", replace=True),
+            ):
+                refused(PlanError, "in-use", call)
+            assert picture(kit.model) == before and torch.equal(run(kit.model), inside)
+    with kit.disabled():
+        refused(PlanError, "in-use", kit.merge, "a")
+    with kit.using("a"):
+        kit.detach("c")
+        assert torch.equal(run(kit.model), outputs["a"])
+    assert list(kit) == ["a", "b"]
+
+
 def test_detach_takes_the_merged_weights_back(kit: ak.Kit, outputs: dict[str, Tensor], base: Tensor) -> None:
     kit.merge("a")
     kit.detach("a")
@@ -235,6 +258,27 @@ def test_a_merge_that_fails_gives_every_weight_back(monkeypatch: pytest.MonkeyPa
     assert kit.merged is None and len(done) == 2
     assert all(torch.equal(value, weights[name]) for name, value in kit.model.state_dict().items())
     assert torch.equal(run(kit.model), output)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float16, 300.0), (torch.float32, float("nan")), (torch.bfloat16, float("inf"))],
+)
+def test_what_the_weights_cannot_hold_is_not_merged(dtype: torch.dtype, value: float) -> None:
+    """8 * 300 * 300 is more than float16 has, though float32 has it."""
+    model = bert().to(dtype)
+    kit = ak.attach(model, "lora", dtype="float32")
+    with torch.no_grad():
+        for tensor in kit["default"].units["encoder.1.attention.q"].parameters():
+            tensor.fill_(value)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for call in (kit.merge, kit.merge_and_detach):
+        refused(PlanError, "cannot-merge", call, "default")
+    assert all(
+        torch.equal(tensor, before[key])
+        for key, tensor in model.state_dict().items()
+        if "adapterkit" not in key
+    )
 
 
 def test_a_kit_that_cannot_leave_merges_nothing_for_good() -> None:

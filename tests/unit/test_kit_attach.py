@@ -12,10 +12,10 @@ from torch import nn
 
 import adapterkit as ak
 from adapterkit import members
-from adapterkit.errors import ConfigError, NotAttachedError, PlanError
+from adapterkit.errors import CompositionError, ConfigError, NotAttachedError, PlanError
 from adapterkit.inject import injector
 from tests.models import tiny
-from tests.unit.kit_scene import bert, move, picture, refused, run, trained
+from tests.unit.kit_scene import CLS, bert, move, picture, refused, run, trained
 
 
 class AccidentError(Exception):
@@ -374,6 +374,31 @@ def test_what_is_no_model_is_refused(call: Any, model: Any) -> None:
 
 
 def test_an_adapter_is_cast_to_a_type_by_name() -> None:
-    kit = ak.attach(bert(), "lora", name="a").to("a", dtype="torch.bfloat16")
+    kit = ak.attach(bert(), "lora", name="a", head=False).to("a", dtype="torch.bfloat16")
     assert {tensor.dtype for tensor in kit["a"].parameters()} == {torch.bfloat16}
     refused(PlanError, "bad-dtype", kit.to, "a", dtype="int8")
+
+
+@pytest.mark.parametrize("method", ["seq_bn[use_gating=true]", "prompt_tuning|seq_bn[use_gating=true]"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_replacement_that_the_active_setup_cannot_have(method: str, loaded: bool, tmp_path: Path) -> None:
+    """It is put in first and refused then: all is as it was, and acts."""
+    kit = ak.attach(bert(), "seq_bn", name="a", head=False, seed=1)
+    kit.attach("seq_bn", name="b", head=False, seed=2)
+    length = tiny.inputs("bert", CLS)["input_ids"].shape[1]
+    kit.activate(ak.Split("a", "b", splits=[3, length - 3]))
+    move(kit, "a", 1)
+    move(kit, "b", 2)
+    names, expected = list(kit), run(kit.model)
+    classes = {path: type(module) for path, module in kit.model.named_modules()}
+    tensors = {key: tensor.clone() for key, tensor in kit.model.state_dict().items()}
+    options: dict[str, Any] = {"name": "b", "replace": True, "activate": False, "head": False}
+    if loaded:
+        source = ak.attach(bert(), method, name="b", head=False).save(tmp_path)
+        refused(CompositionError, "undefined-block", kit.load, source, **options)
+    else:
+        refused(CompositionError, "undefined-block", kit.attach, method, **options)
+    assert list(kit) == names and torch.equal(run(kit.model), expected)
+    assert {path: type(module) for path, module in kit.model.named_modules()} == classes
+    found = kit.model.state_dict()
+    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in found)

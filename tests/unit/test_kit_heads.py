@@ -128,6 +128,20 @@ def test_merge_and_detach_keeps_the_head_and_the_pooler_of_the_adapter(tmp_path:
     )
 
 
+def test_running_statistics_of_a_head_stay_when_it_is_merged() -> None:
+    """They are no parameters, but the head computes with them."""
+    cls = "BeitForSemanticSegmentation"
+    model = tiny.build("beit", cls)
+    kit = ak.attach(model, "lora")
+    model.train()
+    with torch.no_grad():
+        model(**tiny.inputs("beit", cls))
+    before = run(model.eval(), "beit", cls)
+    with kit.disabled():
+        assert not torch.allclose(run(model, "beit", cls), before, atol=1e-2)
+    assert torch.equal(run(kit.merge_and_detach("default"), "beit", cls), before)
+
+
 def test_a_head_with_another_number_of_labels_is_refused(tmp_path: Path) -> None:
     ak.attach(bert(), "lora", name="a").save(tmp_path / "a")
     model = bert(num_labels=5)
@@ -248,3 +262,13 @@ def test_parameters_of_the_base_and_of_heads_that_are_modules_are_not_loose() ->
     outer.around.inner = inner
     outer.scale = outer.around.shift = nn.Parameter(torch.ones(2))
     assert find_loose(outer, [inner]) == ("scale", "around.shift")
+
+
+def test_a_head_keeps_the_type_of_the_models_own() -> None:
+    """It computes with what the model hands it."""
+    kit = ak.attach(bert(), "lora")
+    expected = move(kit, "default")
+    kit.to("default", dtype=torch.float16)
+    types = {key.partition(".")[0]: tensor.dtype for key, tensor in kit["default"].named_parameters()}
+    assert types == {"encoder": torch.float16, "head": torch.float32}
+    torch.testing.assert_close(run(kit.model), expected, rtol=0, atol=1e-3)

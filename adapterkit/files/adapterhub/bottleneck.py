@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from adapterkit.errors import FileFormatError, Problem
 from adapterkit.files.adapterhub.config import validated
@@ -75,7 +75,7 @@ class BottleneckFile(BaseModel):
     stochastic_depth: float = 0.0
     dtype: str | None = None
     phm_layer: bool = False
-    phm_dim: int = 4
+    phm_dim: int = Field(4, ge=1)
     factorized_phm_W: bool = True  # noqa: N815
     shared_W_phm: bool = False  # noqa: N815
     shared_phm_rule: bool = True
@@ -84,7 +84,7 @@ class BottleneckFile(BaseModel):
     phm_init_range: float = 0.0001
     learn_phm: bool = True
     hypercomplex_nonlinearity: str = "glorot-uniform"
-    phm_rank: int = 1
+    phm_rank: int = Field(1, ge=1)
     phm_bias: bool = True
 
     @property

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
 from adapterkit.files.adapterhub.keys import Host, Keyed
 from adapterkit.files.adapterhub.member import Shapes
@@ -23,6 +25,12 @@ def told_of(directory: Path) -> Iterator[None]:
     except FileFormatError as error:
         source = str(directory)
         raise FileFormatError(p if p.file else replace(p, file=source) for p in error.problems) from None
+    except ValidationError as error:  # what their config takes and ours does not
+        raise FileFormatError(
+            Problem("bad-option", f"{item['input']!r} does not fit", word, item["msg"], file=str(directory))
+            for item in error.errors(include_url=False)
+            for word in (str(item["loc"][0]) if item["loc"] else "",)
+        ) from None
 
 
 def check_model(data: Mapping[str, Any], blueprint: Blueprint) -> None:

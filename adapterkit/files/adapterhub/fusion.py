@@ -23,6 +23,7 @@ from adapterkit.files.adapterhub.spelling import spell, unsaid
 from adapterkit.files.adapterhub.writing import facts
 from adapterkit.files.content import Content
 from adapterkit.files.disk import read_json, read_tensors, to_json, write_directory
+from adapterkit.files.present import state_dict
 from adapterkit.methods.fusion import BranchFusion, FusionConfig
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.branches import Branch, branches
@@ -105,7 +106,10 @@ def _content(data: Mapping[str, Any], directory: Path, blueprint: Blueprint, all
     problems = list(differences([{("fusion", a): theirs.shapes(w) for a, w in widths.items()}], given))
     if problems:
         raise FileFormatError(problems)
-    children = tuple(map(str, data.get("adapter_names") or name.split(",")))
+    listed = data.get("adapter_names") or name.split(",")
+    if not isinstance(listed, list):
+        raise FileFormatError(Problem("bad-file", f"{listed!r} is no list of names", "adapter_names"))
+    children = tuple(map(str, listed))
     return Content(
         name="+".join(children) if name == ",".join(children) else name,
         config=theirs.config(children, places, blueprint),
@@ -172,7 +176,7 @@ def write(directory: Path, fusion: Adapter, adapters: Mapping[str, Adapter], blu
     spelled, tensors = keys.spelled(blueprint), {}
     for slot in fusion.plan.slots:
         start = f"{spelled['fusion', slot.address]}.{keys.MARKS['fusion']}.{name}"
-        own = fusion.units[slot.address].state_dict()
+        own = state_dict(fusion.units[slot.address])
         for key, shape in theirs.shapes((slot.shape or (0, 0))[0]).items():
             tensors[f"{start}.{key}"] = own.get(key, torch.zeros(shape)).detach()
     data = {"adapter_names": config.children, "config": theirs.model_dump(), "name": name, **facts(blueprint)}

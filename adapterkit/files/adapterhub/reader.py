@@ -112,12 +112,15 @@ def _members(config: Mapping[str, Any], blueprint: Blueprint) -> list[Member]:
     """The methods of a config."""
     architecture = config.get("architecture")
     if architecture == "union":
-        return [member for inner in config.get("configs", ()) for member in _members(inner, blueprint)]
+        inner = config.get("configs")
+        if not isinstance(inner, list) or not all(isinstance(one, dict) for one in inner):
+            raise FileFormatError(Problem("bad-option", f"{inner!r} is no list of configs", "configs"))
+        return [member for one in inner for member in _members(one, blueprint)]
     if architecture is None:
         found = BottleneckMember(config, blueprint)
         inverted = [InvertibleMember(found.theirs, blueprint)] if found.theirs.inv_adapter else []
         return [found, *inverted] if found.branches or not inverted else [*inverted]
-    if architecture not in _METHODS:
+    if not isinstance(architecture, str) or architecture not in _METHODS:
         message = f"holds an adapter of architecture {architecture!r}, which is not known"
         expected = f"one of {listing(['bottleneck', *_METHODS, 'union'])}"
         raise FileFormatError(Problem("unsupported-method", message, expected=expected))

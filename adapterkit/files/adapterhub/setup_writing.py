@@ -59,6 +59,7 @@ _ACTING: dict[str, tuple[type[MethodConfig], ...]] = {
     "prefixes": (PrefixTuningConfig,),
 }
 """What theirs composes module by module."""
+_FILES = {reader.CONFIG, fusion.CONFIG, *reader.WEIGHTS, *fusion.WEIGHTS}
 
 
 def write(
@@ -78,7 +79,7 @@ def write(
     setup = bundle.setup if isinstance(bundle.setup, Block) else Stack(bundle.setup)
     reader.refuse([*_unsaid(bundle, shares), *_not_run(setup, adapters, blueprint)])
     contents = {}
-    with replaced(directory, CONFIG, _named) as work:
+    with replaced(directory, CONFIG, _named, _FILES) as work:
         for name in names(setup):
             adapter = adapters[name]
             if isinstance(adapter.config, FusionConfig):

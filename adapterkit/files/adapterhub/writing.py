@@ -22,6 +22,7 @@ from adapterkit.files.adapterhub.places import hub_of
 from adapterkit.files.adapterhub.reft import parametrised
 from adapterkit.files.adapterhub.spelling import spell, unsaid
 from adapterkit.files.disk import to_json, write_directory
+from adapterkit.files.present import state_dict
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.bottleneck import BottleneckConfig
 from adapterkit.methods.ia3 import IA3Config
@@ -57,12 +58,15 @@ def write(
     if head is not False and adapter.heads:
         message = "heads of Hugging Face's classes have no place in AdapterHub's format"
         raise FileFormatError(Problem("not-in-format", message, expected="head=False"))
+    if (directory / reader.HEAD).is_file():
+        message = f"holds {reader.HEAD}, a head that would be read with the adapter that is written there"
+        raise FileFormatError(Problem("bad-file", message, file=str(directory)))
     hub_of(blueprint)
     own = {
         f"{address}.{name}": value.detach().cpu()
         for address, module in adapter.modules().items()
         if address not in adapter.heads and address not in adapter.poolers
-        for name, value in module.state_dict().items()
+        for name, value in state_dict(module).items()
     }
     config = adapter.config if config is None else config
     theirs = spell(config, adapter.plan.slots, blueprint)

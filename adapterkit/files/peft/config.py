@@ -182,7 +182,7 @@ def parse(data: Mapping[str, Any], file: str) -> PeftFile:
     kind = data.get("peft_type")
     if kind == "PREFIX_TUNING":
         raise FileFormatError(Problem("peft-prompt", PREFIX_MOVES, "peft_type", file=file))
-    if kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
         message = f"holds an adapter of type {str(kind)!r}"
         raise FileFormatError(
             Problem("peft-type", message, "peft_type", f"one of {listing(TYPES)}", file=file)

@@ -11,6 +11,7 @@ from torch import nn
 from adapterkit.adapter import Adapter
 from adapterkit.errors import FileFormatError, Problem
 from adapterkit.files.peft.names import relatives
+from adapterkit.files.present import state_dict
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.walk import CHILD, child
 
@@ -83,7 +84,7 @@ def give_modules(
     tensors = {
         f"{path}.{key}": value
         for path, module in modules.items()
-        for key, value in module.state_dict().items()
+        for key, value in state_dict(module).items()
         if f"{CHILD}." not in key
     }
     return tuple(modules), tensors

@@ -1,0 +1,38 @@
+"""Tensors of a module for a file, also those that accelerate keeps elsewhere while it does not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.errors import FileFormatError, Problem
+
+
+def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+    """As `module.state_dict()`, with nothing on the meta device.
+
+    Raises: FileFormatError: tensors were never loaded, or what has offloaded them does not say where to.
+    """
+    found = dict(module.state_dict())
+    if any(tensor.is_meta for tensor in found.values()):
+        for path, part in module.named_modules():
+            hook: Any = part.__dict__.get("_hf_hook")
+            for one in getattr(hook, "hooks", (hook,)):
+                kept: Any = getattr(one, "weights_map", None)
+                for name in (*part._parameters, *part._buffers) if kept is not None else ():
+                    key = f"{path}.{name}" if path else name
+                    if key in found and found[key].is_meta and name in kept:
+                        found[key] = kept[name]
+    refuse_away(found)
+    return found
+
+
+def refuse_away(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that have no numbers. Raises: FileFormatError."""
+    message = "is not loaded, so that it has no numbers to write"
+    away = [Problem("weight-unreadable", message, key) for key, tensor in tensors.items() if tensor.is_meta]
+    if away:
+        raise FileFormatError(away)

@@ -1,0 +1,63 @@
+"""What is written stands there as a whole, and a source is what its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adapterkit as ak
+from adapterkit.errors import FileFormatError
+from tests.models.tiny import build
+
+
+@pytest.mark.parametrize("fails", ["adapter.safetensors", "adapter_config.json"])
+def test_a_write_that_breaks_off_leaves_what_was_there(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = ak.attach(build("bert"), "lora[r=4]", name="a", seed=1)
+    kit.attach("lora[r=8]", name="b", seed=2)
+    kit.save(tmp_path, "a")
+    (tmp_path / "README.md").write_text("keep")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    rename = Path.rename
+
+    def broken(self: Path, target: Any) -> Path:
+        if self.parent.name == "new" and self.name == fails:
+            raise OSError("the disk is full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OSError, match="full"):
+        kit.save(tmp_path, "b")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    kit.save(tmp_path, "b")
+    loaded = ak.load(build("bert"), tmp_path)
+    assert torch.equal(
+        loaded["b"].units["encoder.0.attention.q"].A, kit["b"].units["encoder.0.attention.q"].A
+    )
+    assert (tmp_path / "README.md").read_text() == "keep"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md"])
+def test_a_file_is_no_directory(name: str, tmp_path: Path) -> None:
+    """Beside it lies an adapter, which is not what was named."""
+    kit = ak.attach(build("bert"), "lora", name="a")
+    kit.model.save_pretrained(tmp_path)
+    kit.save(tmp_path, "a")
+    (tmp_path / "README.md").write_text("text")
+    with pytest.raises(FileFormatError) as caught:
+        ak.load(build("bert"), tmp_path / name)
+    assert caught.value.code == "not-found" and "is a file" in str(caught.value)
+
+
+def test_a_head_of_theirs_is_not_read_with_another_adapter(tmp_path: Path) -> None:
+    kit = ak.attach(build("bert"), "lora", name="a")
+    (tmp_path / "head_config.json").write_text("{}")
+    with pytest.raises(FileFormatError) as caught:
+        kit.save(tmp_path, "a", format="adapterhub")
+    assert caught.value.code == "bad-file"
+    assert [path.name for path in tmp_path.iterdir()] == ["head_config.json"]
