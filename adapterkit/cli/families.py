@@ -12,7 +12,8 @@ from adapterkit.errors import ConfigError, SpecError, listing
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.names import METHODS, PRESETS, parse
 from adapterkit.spec import registry
-from adapterkit.spec.schema import Attention, Interface, Layer, Path, Stack, Sublayer
+from adapterkit.spec.paths import Path
+from adapterkit.spec.schema import Attention, Interface, Layer, Stack, Sublayer
 from adapterkit.spec.vocabulary import ATTENTION_ROLES, MLP_ROLES, SUBLAYERS
 
 

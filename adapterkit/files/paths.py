@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.walk import join
-from adapterkit.spec.schema import Path, Stack, Sublayer
+from adapterkit.spec.paths import Path
+from adapterkit.spec.schema import Stack, Sublayer
 
 
 def known_paths(blueprint: Blueprint, slot: Slot) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from adapterkit.model.repeat import Layers
 from adapterkit.model.scope import ITSELF, Draft, Found, Here, Scope
 from adapterkit.model.walk import child, expand, join, missing
 from adapterkit.spec import registry
-from adapterkit.spec.schema import Interface, Path, Stack
+from adapterkit.spec.paths import Path
+from adapterkit.spec.schema import Interface, Stack
 
 
 @dataclass

@@ -13,7 +13,8 @@ from torch import nn
 from adapterkit.errors import Problem, did_you_mean, listing
 from adapterkit.model.blueprint import Scale, Slot
 from adapterkit.model.walk import child, join, missing
-from adapterkit.spec.schema import Interface, Path
+from adapterkit.spec.paths import Path
+from adapterkit.spec.schema import Interface
 from adapterkit.spec.text import Loc
 
 MISSING = object()
