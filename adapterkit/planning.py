@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +183,8 @@ def prepare(
 
     Raises: PlanError, ConfigError: as `choose`.
     """
-    selection = choose(blueprint, config, strict)
-    draft = build(config, selection.slots, seeded(seed))
+    selection, generator = choose(blueprint, config, strict), seeded(seed)
+    # modules of torch draw numbers when they are made, which ours then replace
+    with nullcontext() if generator is None else torch.random.fork_rng(devices=[]):
+        draft = build(config, selection.slots, generator)
     return describe(blueprint, config, name, selection, heads, draft), draft

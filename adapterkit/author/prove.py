@@ -19,6 +19,7 @@ from adapterkit.composition import Parallel, Setup
 from adapterkit.errors import AdapterkitError, Problem
 from adapterkit.kit import Kit
 from adapterkit.liveness import outputs
+from adapterkit.methods.targets import reached
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.branches import branches
 from adapterkit.model.cores import apart
@@ -201,7 +202,7 @@ def _attached(column: Column, interface: Interface, model: nn.Module, blueprint:
         # what is called with something that has no row for each example cannot be asked for several
         usual = [slot for slot in blueprint if blueprint.stacks[slot.stack].by_default]
         rowless = {slot.role for slot in usual if slot.batch != "first" and not apart(blueprint, slot)}
-        roles = blueprint.roles(by_default=True)
+        roles = blueprint.roles(reached(blueprint, None))
         config["targets"] = [role for role in roles if role not in {"fused", *rowless}]
     whole = column.joined != "Parallel"  # some layers lack a role that others have
     for child in CHILDREN:

@@ -14,7 +14,7 @@ from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import Layers, MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.lora import Gate, uniform
-from adapterkit.methods.targets import Selection, chosen_layers
+from adapterkit.methods.targets import Selection, chosen_layers, reached
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.cores import Core, cores
 from adapterkit.model.reading import read_stacks
@@ -66,14 +66,14 @@ class PrefixTuningConfig(MethodConfig):
         return cores(blueprint)
 
     def select(self, blueprint: Blueprint) -> Selection:
-        kept = chosen_layers(blueprint, self.layers, self.leave_out)
+        kept, stacks = chosen_layers(blueprint, self.layers, self.leave_out), reached(blueprint, self.layers)
         left_out = set() if self.encoder_prefix else read_stacks(blueprint)
         return Selection.of(
             [
                 core
                 for core in self.available(blueprint).values()
                 if (core.stack, core.layer) in kept
-                and blueprint.stacks[core.stack].by_default
+                and core.stack in stacks
                 and (core.stack not in left_out if core.sublayer == "attention" else self.cross_prefix)
             ]
         )

@@ -25,7 +25,7 @@ from adapterkit.methods.flow import (
     refuse_packed,
     with_first,
 )
-from adapterkit.methods.targets import Selection, chosen_layers
+from adapterkit.methods.targets import Selection, chosen_layers, reached
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import layer_slots
 from adapterkit.spec.schema import Inputs
@@ -65,10 +65,9 @@ class ReFTConfig(MethodConfig):
         return layer_slots(blueprint)
 
     def select(self, blueprint: Blueprint) -> Selection:
-        kept = chosen_layers(blueprint, self.layers, self.leave_out)
-        slots = self.available(blueprint).values()
-        by_default = (slot for slot in slots if blueprint.stacks[slot.stack].by_default)
-        return Selection.of([slot for slot in by_default if (slot.stack, slot.layer) in kept])
+        kept, stacks = chosen_layers(blueprint, self.layers, self.leave_out), reached(blueprint, self.layers)
+        slots = (slot for slot in self.available(blueprint).values() if slot.stack in stacks)
+        return Selection.of([slot for slot in slots if (slot.stack, slot.layer) in kept])
 
     def check(self, slots: Sequence[Slot]) -> None:
         """Refuse more orthonormal rows than there are dimensions."""

@@ -59,9 +59,9 @@ def select(
     kept = chosen_layers(blueprint, layers, leave_out)
     chosen: dict[str, Slot] = {}
     problems: list[Problem] = []
-    everything = targets == "all"
-    for target in blueprint.roles(by_default=True) if everything else targets:
-        slots, missing = _target(blueprint, target, kept, partial=everything)
+    everything, stacks = targets == "all", reached(blueprint, layers)
+    for target in blueprint.roles(stacks) if everything else targets:
+        slots, missing = _target(blueprint, target, stacks, kept, partial=everything)
         chosen |= {slot.address: slot for slot in slots}
         problems += missing
     return Selection.of([slot for slot in blueprint if slot.address in chosen], problems)
@@ -75,7 +75,7 @@ def select_branches(
     leave_out: Layers,
 ) -> Selection:
     """The branches at `locations` ('attention', 'mlp', 'decoder.cross_attention', 'decoder.3.mlp')."""
-    kept = chosen_layers(blueprint, layers, leave_out)
+    kept, stacks = chosen_layers(blueprint, layers, leave_out), reached(blueprint, layers)
     chosen: set[str] = set()
     problems: list[Problem] = []
     for location in locations:
@@ -84,10 +84,7 @@ def select_branches(
             slot
             for slot in found.values()
             if location == slot.address
-            or (
-                slot.sublayer == sublayer
-                and (stack == slot.stack or (not stack and _by_default(blueprint, slot)))
-            )
+            or (slot.sublayer == sublayer and (stack == slot.stack or (not stack and slot.stack in stacks)))
         ]
         if not matching:
             known = sorted({str(slot.sublayer) for slot in found.values()})
@@ -101,8 +98,12 @@ def select_branches(
     return Selection.of([slot for slot in found.values() if slot.address in chosen], problems)
 
 
-def _by_default(blueprint: Blueprint, slot: Slot) -> bool:
-    return blueprint.stacks[slot.stack].by_default
+def reached(blueprint: Blueprint, layers: Layers | None) -> tuple[str, ...]:
+    """Stacks that words without an address mean: the usual ones, and those that `layers` has addresses of."""
+    named = {
+        word for layer in layers or () if isinstance(layer, str) for word in (layer, layer.rpartition(".")[0])
+    }
+    return tuple(name for name, info in blueprint.stacks.items() if info.by_default or name in named)
 
 
 def chosen_layers(blueprint: Blueprint, layers: Layers | None, leave_out: Layers) -> set[tuple[str, int]]:
@@ -137,9 +138,12 @@ def _layer(blueprint: Blueprint, word: int | str) -> set[tuple[str, int]]:
 
 
 def _target(
-    blueprint: Blueprint, target: str, layers: set[tuple[str, int]], partial: bool
+    blueprint: Blueprint, target: str, stacks: Iterable[str], layers: set[tuple[str, int]], partial: bool
 ) -> tuple[list[Slot], list[Problem]]:
-    """Slots of one target word, and the layers that should have it and have not."""
+    """Slots of one target word, and the layers that should have it and have not.
+
+    Args: stacks: those that it means where it has no address.
+    """
     stack = next((name for name in blueprint.stacks if target == name or target.startswith(f"{name}.")), None)
     if stack is not None:
         rest = target[len(stack) + 1 :]
@@ -148,7 +152,6 @@ def _target(
         if f"{stack}.{rest}" in blueprint.slots:  # an extra of the stack itself
             return [blueprint.slots[f"{stack}.{rest}"]], []
         return _by_role(blueprint, rest, [stack], layers, partial)
-    stacks = [name for name, info in blueprint.stacks.items() if info.by_default]
     return _by_role(blueprint, target, stacks, layers, partial)
 
 

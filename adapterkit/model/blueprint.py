@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -114,12 +114,12 @@ class Blueprint:
         """Numbers of the model itself, without adapters; tied ones count once."""
         return sum(parameter.numel() for *_, parameter in parameters(self.model))
 
-    def roles(self, by_default: bool = False) -> tuple[str, ...]:
+    def roles(self, stacks: Collection[str] | None = None) -> tuple[str, ...]:
         """Every role and extra name that some slot has, in order of appearance, without `fused`.
 
-        Args: by_default: only those of stacks that roles reach without an address.
+        Args: stacks: only those of these.
         """
-        slots = (slot for slot in self if not by_default or self.stacks[slot.stack].by_default)
+        slots = (slot for slot in self if stacks is None or slot.stack in stacks)
         return tuple(dict.fromkeys(slot.role for slot in slots if slot.role != "fused"))
 
     def why_without(self, what: str, sublayer: str = "") -> str:

@@ -402,3 +402,11 @@ def test_a_replacement_that_the_active_setup_cannot_have(method: str, loaded: bo
     assert {path: type(module) for path, module in kit.model.named_modules()} == classes
     found = kit.model.state_dict()
     assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in found)
+
+
+@pytest.mark.parametrize("method", ["seq_bn", "mam", "prompt_tuning", "loreft", "compacter", "seq_bn_inv"])
+def test_a_seed_leaves_the_generator_of_torch_alone_also_where_torch_makes_the_modules(method: str) -> None:
+    model = bert(hidden_size=256, num_attention_heads=4)
+    state = torch.get_rng_state()
+    ak.attach(model, method, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)

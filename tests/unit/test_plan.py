@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import adapterkit as ak
+from adapterkit.author import tiny as author_tiny
 from adapterkit.errors import ConfigError, NotAttachedError, PlanError
 from tests.models import tiny
 from tests.unit.kit_scene import bert, picture, refused, trained
@@ -158,3 +159,17 @@ def test_what_is_no_method_is_not_merely_unsupported(method: str, code: str) -> 
     with pytest.raises(ConfigError) as refused:
         ak.attach(bert(), "ia3").supports(method)
     assert refused.value.code == code
+
+
+@pytest.mark.parametrize("method", ["lora", "seq_bn", "prefix_tuning", "loreft"])
+def test_layers_with_an_address_reach_a_part_that_words_alone_do_not(method: str) -> None:
+    model, _ = author_tiny.build("llava")
+
+    def layers(*asked: str) -> set[str]:
+        plan = ak.plan(model, {"method": method, **({"layers": asked} if asked else {})})
+        return {f"{slot.stack}.{slot.layer}" for slot in plan.slots}
+
+    assert layers() == {"language/decoder.0", "language/decoder.1"}
+    assert layers("vision/vision.0") == {"vision/vision.0"}
+    assert layers("vision/vision") == {"vision/vision.0", "vision/vision.1"}
+    assert layers("vision/vision.1", "language/decoder.0") == {"vision/vision.1", "language/decoder.0"}
