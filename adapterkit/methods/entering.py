@@ -355,6 +355,28 @@ def _like_shown(bools: torch.Tensor, first: Index, count: int, index: Index) -> 
     return insert(flat, flat.gather(1, at).expand(-1, count), index).view(*bools.shape[:-1], -1)
 
 
+class Fits(nn.Module):
+    """At the first layer of a stack that is given no mask of its positions: what it has made is not widened.
+
+    Raises: PlanError: the layer gets a mask without the prompt.
+    """
+
+    def __init__(self, stack: str) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
+        span: Span | None = flow.get(key(self.stack))
+        if span is None:
+            return args, kwargs
+        before = span.total - span.count
+        for name, value in given_arguments(module, args, kwargs).items():
+            if "mask" in name and isinstance(value, torch.Tensor) and value.shape[-1] == before:
+                message = f"{name!r} of the layers hides positions, but was made without those of the prompt"
+                raise PlanError(Problem("unfit-input", message, self.stack, "inputs without a mask"))
+        return args, kwargs
+
+
 class WidenMask(nn.Module):
     """At the entry of a stack that is given no ids and makes its masks behind its embeddings: widen the mask.
 

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+import adapterkit as ak
+from adapterkit.errors import PlanError
 from tests.mechanisms.scene import attach, gradients, run
 from tests.mechanisms.test_checkpointing import checkpoint
 from tests.models import tiny
@@ -111,3 +114,18 @@ def test_a_union_with_lora_is_both(row: str) -> None:
     assert all(found is not None and found.any() for found in gradient.values())
     assert run(model, given).shape == run(tiny.build(row), given).shape
     assert kit.active == "a"
+
+
+def test_masks_that_a_stack_makes_of_other_masks() -> None:
+    """Of a mask of samples the model makes one of frames behind its entry, which lacks the prompt."""
+    widths = {"conv_dim": (16,), "conv_stride": (2,), "conv_kernel": (3,), "num_feat_extract_layers": 1}
+    convolved = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes, **widths, **convolved)).eval()
+    ak.attach(model, "prompt_tuning[prompt_length=4]")
+    samples, mask = torch.randn(2, 64), torch.ones(2, 64, dtype=torch.long)
+    assert model(samples).last_hidden_state.shape[1] == 31
+    mask[1, 40:] = 0
+    with pytest.raises(PlanError) as refused:
+        model(samples, attention_mask=mask)
+    assert refused.value.code == "unfit-input"
