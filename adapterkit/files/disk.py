@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,15 @@ def write_directory(
     """
     for named in tensors.values():
         refuse_away(named)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    if directory.exists() and not directory.is_dir():
-        raise FileFormatError(Problem("bad-file", "is a file, not a directory", file=str(directory)))
+    _prepare(directory)
+    asked, directory = (
+        directory,
+        directory.resolve(),
+    )  # '.' has no place beside it, a link may be on another disk
+    for name in (*tensors, *texts):
+        if (directory / name).is_dir():
+            message = f"holds a directory of the name {name!r}"
+            raise FileFormatError(Problem("bad-file", message, file=str(directory)))
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
         work = Path(folder) / "new"
         work.mkdir()
@@ -88,28 +94,41 @@ def write_directory(
         if not directory.exists():
             work.replace(directory)
         else:
-            _exchange(directory, (*tensors, *texts), work, Path(folder) / "old")
+            names = (*tensors, *texts)
+            gone = [name for name in reversed(names) if (directory / name).exists()]
+            _exchange(directory, gone, names, work, Path(folder) / "old")
         shutil.rmtree(work, ignore_errors=True)
-    return directory
+    return asked
 
 
-def _exchange(directory: Path, names: Sequence[str], new: Path, old: Path) -> None:
-    """Move files into a directory, and those of the same names out of it; all of them or none."""
-    old.mkdir()
-    gone, put = [], []
+def _prepare(directory: Path) -> None:
+    """Make room for a directory. Raises: FileFormatError: something else is there, or above it."""
     try:
-        for name in reversed(names):
-            if (directory / name).exists():
-                (directory / name).rename(old / name)
-                gone.append(name)
-        for name in names:
-            (new / name).rename(directory / name)
-            put.append(name)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot be made: {str(error)[:200]}"
+        raise FileFormatError(Problem("bad-file", message, file=str(directory))) from None
+    if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
+        raise FileFormatError(Problem("bad-file", "is a file, not a directory", file=str(directory)))
+
+
+def _exchange(directory: Path, gone: Iterable[str], put: Iterable[str], new: Path, old: Path) -> None:
+    """Move entries of a directory to `old`, and those of `new` into it; all of them or none.
+
+    The directory stays the one that it is: it may be a link, or where a process works.
+    """
+    old.mkdir()
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for name, source, target in (
+            *((n, directory, old) for n in gone),
+            *((n, new, directory) for n in put),
+        ):
+            (source / name).rename(target / name)
+            moved.append((source / name, target / name))
     except BaseException:
-        for name in put:
-            (directory / name).unlink()
-        for name in reversed(gone):
-            (old / name).rename(directory / name)
+        for before, after in reversed(moved):
+            after.rename(before)
         raise
 
 
@@ -127,18 +146,16 @@ def replaced(
     if directory.exists() and not (directory.is_dir() and _may_go(directory, config, named, files)):
         message = "is there already, and no setup that could be replaced without losing other files"
         raise FileFormatError(Problem("bad-file", message, file=str(directory)))
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    _prepare(directory)
+    directory = directory.resolve()  # '.' has no place beside it, a link may be on another disk
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as folder:
         work = Path(folder) / "new"
         work.mkdir()
         yield work
         if directory.exists():
-            old = directory.rename(Path(folder) / "old")
-            try:
-                work.rename(directory)
-            except BaseException:
-                old.rename(directory)
-                raise
+            gone = sorted((path.name for path in directory.iterdir()), key=lambda name: name != config)
+            put = sorted((path.name for path in work.iterdir()), key=lambda name: name == config)
+            _exchange(directory, gone, put, work, Path(folder) / "old")
         else:
             work.rename(directory)
 

@@ -28,7 +28,7 @@ def locate(source: str | Path, revision: str | None, local_files_only: bool) -> 
     Raises: FileFormatError: neither exists, or it is a file.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and str(source).strip():
         return path
     if path.exists():
         message = "is a file; what it says is read together with what lies beside it"

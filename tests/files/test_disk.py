@@ -61,3 +61,43 @@ def test_a_head_of_theirs_is_not_read_with_another_adapter(tmp_path: Path) -> No
         kit.save(tmp_path, "a", format="adapterhub")
     assert caught.value.code == "bad-file"
     assert [path.name for path in tmp_path.iterdir()] == ["head_config.json"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_directory_stays_the_one_that_it_is(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link, or where the process works."""
+    kit = ak.attach(build("bert"), "lora", name="a").attach("lora", name="b")
+    for name in ("real", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "here")
+    for place in ("link", "here"):
+        for _ in range(1 + again):
+            kit.save(tmp_path / "link" if place == "link" else ".", setup=ak.Stack("a", "b"))
+        assert sorted(path.name for path in (tmp_path / place).iterdir()) == [
+            "a",
+            "adapterkit_setup.json",
+            "b",
+        ]
+    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "real").iterdir())) == 3
+    assert Path.cwd() == tmp_path / "here" and list(ak.load(build("bert"), ".")) == ["a", "b"]
+
+
+def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
+    kit = ak.attach(build("bert"), "lora", name="a")
+    (tmp_path / "adapter_config.json").mkdir()
+    (tmp_path / "adapter_config.json" / "mine").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for place in (tmp_path, tmp_path / "file", tmp_path / "file" / "below", tmp_path / "link"):
+        for options in ({"name": "a"}, {"setup": "a"}):
+            with pytest.raises(FileFormatError) as caught:
+                kit.save(place, **options)
+            assert caught.value.code == "bad-file"
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    with pytest.raises(FileFormatError) as caught:
+        ak.load(build("bert"), "")
+    assert caught.value.code == "not-found"
