@@ -218,7 +218,9 @@ class SlotConfig(MethodConfig):
         default=("q", "v"), description="roles, extra names, 'sublayer.role', addresses, or 'all'"
     )
     layers: Layers | None = Field(
-        default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
+        default=None,
+        description="numbers (one stack) or addresses such as 'decoder.3', which also reach parts that words "
+        "without an address do not; None: all",
     )
     leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
 
@@ -240,7 +242,9 @@ class BranchConfig(MethodConfig):
         default=("attention", "mlp"), description="sublayers: attention, cross_attention, mlp, or addresses"
     )
     layers: Layers | None = Field(
-        default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
+        default=None,
+        description="numbers (one stack) or addresses such as 'decoder.3', which also reach parts that words "
+        "without an address do not; None: all",
     )
     leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
     branch: Literal["after_norm", "before_norm"] = Field(

@@ -54,7 +54,9 @@ class PrefixTuningConfig(MethodConfig):
         description="standard deviation of the embedded (flat: of all) numbers at first; normal: 1",
     )
     layers: Layers | None = Field(
-        default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
+        default=None,
+        description="numbers (one stack) or addresses such as 'decoder.3', which also reach parts that words "
+        "without an address do not; None: all",
     )
     leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
 

@@ -47,7 +47,9 @@ class ReFTConfig(MethodConfig):
     non_linearity: str | None = Field(default=None, description="activation of the learned source")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on edited states, in training")
     layers: Layers | None = Field(
-        default=None, description="numbers (one stack) or addresses such as 'decoder.3'; None: all"
+        default=None,
+        description="numbers (one stack) or addresses such as 'decoder.3', which also reach parts that words "
+        "without an address do not; None: all",
     )
     leave_out: Layers = Field(default=(), description="layers that are left out, as in `layers`")
     first_only: bool = Field(
