@@ -46,7 +46,9 @@ def test_old_words_get_what_they_got(method: str, tmp_path: Path) -> None:
     assert list(kit) == ["a"]
 
 
-@pytest.mark.parametrize("method", ["seq_bn_inv", "prompt_tuning[stacks=[encoder,decoder]]"])
+@pytest.mark.parametrize(
+    "method", ["seq_bn|invertible[inverse=false]", "prompt_tuning[stacks=[encoder,decoder]]"]
+)
 def test_stacks_that_have_one_module_for_their_embeddings(method: str, tmp_path: Path) -> None:
     """T5 after resizing: what acts before the encoder would act before the decoder too."""
     whole: Any = build("t5", T5)
