@@ -222,6 +222,10 @@ class Column:
             found["ids"] = ids
         if "mask" in found:
             found |= self._mask(module, ids or str(usual["ids"]))
+        elif ids is None and "ids" in found:
+            path = self.facts.layers[0].call.path
+            own = masks.of_layers(self.scene.model, self.scene.inputs, module, str(usual["mask"]), path)
+            found |= {"mask": None, "layer_mask": own} if own else {}
         # what is called as usual may be there for other models of the type
         aligned = [] if ids is not None else [name for name in _ALIGNED if name in taken]
         known = {str(found.get(word, name)) for word, name in usual.items()}

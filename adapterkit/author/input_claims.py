@@ -37,6 +37,7 @@ def inputs(seen: Seen, scene: Scene) -> None:
         mask_claims.mask(trial, str(names.mask))
     else:
         mask_claims.without(trial, ("inputs",), names.mask_hides)
+    mask_claims.layer_mask(trial, takes)
     if names.positions in takes:
         _positions(trial, str(names.positions))
     if names.embeds in takes and names.ids in takes:

@@ -6,7 +6,7 @@ import torch
 
 from adapterkit.author import masks
 from adapterkit.author.trial import Trial, token_shape
-from adapterkit.spec.schema import Reads
+from adapterkit.spec.schema import Inputs, Reads
 
 
 def mask(trial: Trial, name: str) -> None:
@@ -112,6 +112,25 @@ def _steered(
         if found is not None:
             return found
     return None
+
+
+def layer_mask(trial: Trial, takes: set[str]) -> None:
+    """The mask of positions that the layers alone get."""
+    seen, usual = trial.seen, str(Inputs.model_fields["mask"].default)
+    said, layers = seen.info.inputs.layer_mask, [place for _, place, _ in seen.layers()]
+    if said is not None:
+        text = f"inputs.layer_mask: every layer takes {said!r}"
+        right = all(said in masks.names_of(place.module) for place in layers)
+        seen.judge(
+            right, trial.loc("layer_mask"), text, f"{type(layers[0].module).__name__} does not", aspect="name"
+        )
+    elif seen.info.inputs.mask is None and usual in takes:
+        scene = trial.scene
+        own = masks.of_layers(scene.model, scene.inputs, trial.place.module, usual, layers[0].path)
+        if own is not None:
+            text = "inputs.layer_mask: the layers are told of no padding"
+            observed = f"they get {own!r} if the entry gets {usual!r}"
+            seen.refute(trial.loc("layer_mask"), text, observed, f"say 'layer_mask: {own}'")
 
 
 def read_mask(trial: Trial, takes: set[str]) -> None:

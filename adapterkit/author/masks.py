@@ -114,6 +114,44 @@ def made(
     return None if node is None else joined(seen.tensors[node])
 
 
+def of_layers(
+    model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module, name: str, layer: str
+) -> str | None:
+    """The argument in which a layer gets a mask of positions, if the entry gets one of something else.
+
+    Samples of sound, say, of which the model makes fewer frames. Every length of the entry's first tensor is
+    tried; None if nothing comes of it, or if the mask of the entry is as long as the stream.
+    """
+    names = names_of(entry)
+    shapes: list[torch.Size] = []
+
+    def given(mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            own = {**dict(zip(names, args, strict=False)), **kwargs}
+            shapes.extend(value.shape for value in own.values() if isinstance(value, torch.Tensor))
+            return (), own if mask is None else {**own, name: mask}
+
+        try:
+            seen = observe(model, inputs, enter={entry: enter})
+        except Exception:  # models raise anything on what does not fit
+            return {}
+        calls = seen.graph.calls_of(layer)
+        return {word: seen.tensors[value] for word, value in calls[0].arguments} if calls else {}
+
+    plain = given(None)
+    stream = next((value for value in plain.values() if value.is_floating_point()), None)
+    if name not in names or stream is None or stream.ndim != 3 or not shapes:
+        return None
+    rows, *sizes = shapes[0]
+    for size in dict.fromkeys(sizes):
+        mask = torch.ones(rows, size, dtype=torch.long)
+        mask[:, size // 2 :] = 0
+        for word, value in given(mask).items():
+            if word not in plain and (len(value), value.shape[-1]) == tuple(stream.shape[:2]):
+                return None if size == stream.shape[1] else word
+    return None
+
+
 def joined(states: torch.Tensor) -> torch.Tensor | None:
     """States (B, T, D) of what may be several streams (S, B, T, D); None if they have another form."""
     if states.ndim == 4:

@@ -88,18 +88,18 @@ class ReFTConfig(MethodConfig):
         return ReFT(slot, self, generator)
 
     def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
-        stacks = dict.fromkeys(slot.stack for slot in slots)
-        return [
-            Helper(
-                entry_place(blueprint, stack),
-                f"entry_info__{stack.replace('/', '_')}",
-                partial(Entered, stack, inputs),
-                "entry",
-                0,
-            )
-            for stack in stacks
-            for inputs in (blueprint.stacks[stack].inputs,)
-        ]
+        found = []
+        for stack in dict.fromkeys(slot.stack for slot in slots):
+            inputs, name = blueprint.stacks[stack].inputs, stack.replace("/", "_")
+            entry = entry_place(blueprint, stack)
+            found.append(Helper(entry, f"entry_info__{name}", partial(Entered, stack, inputs), "entry", 0))
+            if inputs.layer_mask is not None:
+                make = partial(LayerEntered, stack, inputs.layer_mask)
+                layers = [
+                    blueprint.places[f"{stack}.{slot.layer}.layer"] for slot in slots if slot.stack == stack
+                ]
+                found += [Helper(layer, f"layer_info__{name}", make, "entry", 0) for layer in layers]
+        return found
 
 
 class Intervention(nn.Module):
@@ -174,6 +174,20 @@ class Entered(nn.Module):
             raise PlanError(Problem("packed", f"{message} would be edited", self.stack, expected))
         flow[f"{self.stack}.mask"], flow[f"{self.stack}.past"] = mask, past
         flow[f"{self.stack}.late"] = _late(mask, past)
+        return args, kwargs
+
+
+class LayerEntered(nn.Module):
+    """Where a layer is entered that alone is told which positions are real: samples may be fewer, say."""
+
+    def __init__(self, stack: str, mask: str) -> None:
+        super().__init__()
+        self.stack, self.mask = stack, mask
+
+    def forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        flow[f"{self.stack}.mask"] = given_arguments(module, args, kwargs).get(self.mask)
         return args, kwargs
 
 

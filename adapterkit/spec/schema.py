@@ -280,6 +280,10 @@ class Inputs(Model):
     mask_hides: bool = Field(
         False, description="ones of the mask hide tokens, as in torch.nn.Transformer; else they show them"
     )
+    layer_mask: str | None = Field(
+        None,
+        description="argument of the layers that hides positions, where the entry's is of something else",
+    )
     positions: str | None = Field("position_ids", description="argument of positions; null: there is none")
     filler: int | None = Field(
         None,

@@ -78,6 +78,21 @@ def test_a_mask_of_patches_is_found_and_its_meaning_is_proved(hides: bool) -> No
     assert problem.expected == f"they {'hide' if hides else 'show'}"
 
 
+def test_a_mask_of_frames_that_the_layers_alone_get() -> None:
+    """Samples are given, with a mask of samples: drafted, and missed where nothing is said."""
+    found = ak.draft("hubert", like=False).data
+    inputs = found["stacks"]["encoder"]["inputs"]
+    assert (inputs["mask"], inputs["layer_mask"]) == (None, "attention_mask")
+    told = {
+        None: "they get 'attention_mask' if the entry gets 'attention_mask'",
+        "attended": "HubertEncoderLayer does not",
+    }
+    for said, observed in told.items():
+        inputs["layer_mask"] = said
+        (problem,) = ak.check(found, "hubert", methods=["lora"]).problems
+        assert (problem.address, problem.expected) == ("stacks.encoder.inputs.layer_mask", observed)
+
+
 def test_a_model_without_a_mask_gets_none() -> None:
     class Deaf(masked.Keeping):
         def forward(self, words: Tensor, keep: Tensor | None = None) -> Tensor:

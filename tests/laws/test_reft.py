@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit.author.tiny import build
 from tests.laws.branch_cases import randomise
 from tests.laws.matrix import run
 from tests.models import tiny
@@ -119,6 +120,42 @@ def test_a_second_turn_under_a_cache_is_not_edited() -> None:
         whole = model(given).logits
     # the prefix lies in the first turn: both ways edit the same positions
     torch.testing.assert_close(second, whole[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+FRAMES = {
+    "wav2vec2": "_get_feat_extract_output_lengths",
+    "hubert": "_get_feat_extract_output_lengths",
+    "wavlm": "_get_feat_extract_output_lengths",
+    "wav2vec2-conformer": "_get_feat_extract_output_lengths",
+    "data2vec-audio": "_get_feat_extract_output_lengths",
+    "speech_to_text": "_get_feat_extract_output_lengths",
+    "parakeet_encoder": "_get_subsampling_output_length",
+}
+"""Model types, and what transformers counts frames with."""
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # wavlm's own
+@pytest.mark.parametrize("model_type", FRAMES)
+def test_the_last_frames_are_those_of_each_sound(model_type: str) -> None:
+    """The entry's mask is of samples; of a shorter sound the last frames lie before its padding."""
+    model, inputs = build(model_type)
+    kit = ak.attach(model, "loreft[r=2, prefix_positions=0, suffix_positions=2]", seed=0)
+    randomise(kit)
+    sound = next(iter(inputs.values()))
+    lengths = torch.tensor([sound.shape[1], sound.shape[1] // 2])
+    inputs["attention_mask"] = (torch.arange(sound.shape[1]) < lengths[:, None]).long()
+    layer, seen = next(iter(kit.blueprint.stacks.values())).layers[0], []
+    layer.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(**inputs)
+        with kit.disabled():
+            model(**inputs)
+    edited = (seen[0] - seen[1]).abs().amax(-1) > 1e-6
+    count = getattr(model, FRAMES[model_type])
+    wanted = torch.zeros_like(edited)
+    for row, frames in enumerate(count(lengths).tolist()):
+        wanted[row, frames - 2 : frames] = True
+    assert edited.tolist() == wanted.tolist()
 
 
 def test_dropout_acts_in_training_alone() -> None:
