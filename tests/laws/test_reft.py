@@ -158,6 +158,25 @@ def test_the_last_frames_are_those_of_each_sound(model_type: str) -> None:
     assert edited.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("model_type", ["idefics3_vision", "smolvlm_vision"])
+def test_the_last_patches_are_those_of_each_image(model_type: str) -> None:
+    model, inputs = build(model_type)
+    kit = ak.attach(model, "loreft[r=2, prefix_positions=0, suffix_positions=2]", seed=0)
+    randomise(kit)
+    side = inputs["pixel_values"].shape[-1] // model.config.patch_size
+    shown = torch.ones(2, side, side, dtype=torch.bool)
+    shown[1, side // 2 :] = False
+    layer, seen = kit.blueprint.stacks["vision"].layers[0], []
+    layer.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(inputs["pixel_values"], patch_attention_mask=shown)
+        with kit.disabled():
+            model(inputs["pixel_values"], patch_attention_mask=shown)
+    edited = (seen[0] - seen[1]).abs().amax(-1) > 1e-6
+    ends = (side * side, side * (side // 2))
+    assert [row.nonzero().flatten().tolist() for row in edited] == [[end - 2, end - 1] for end in ends]
+
+
 def test_dropout_acts_in_training_alone() -> None:
     given = tiny.inputs("bert", padded=False)
     kit = ak.attach(tiny.build("bert"), {"method": "noreft", "r": 2, "dropout": 0.5}, seed=0)
