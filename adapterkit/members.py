@@ -95,6 +95,7 @@ class Members:
 
     def run(self, programs: Programs) -> None:
         """Let every site run its program."""
+        self.runtime.programs = programs
         hosts = dict(self.entries)
         for adapter in self.adapters.values():
             hosts |= adapter.injection.hosts
@@ -134,8 +135,7 @@ class Members:
         places |= {head.address: head for head in (*self.blueprint.heads, *self.blueprint.poolers)}
         hosts = [(places[address], module) for address, module in modules.items()]
         helpers = adapter.config.helpers(adapter.plan.slots, self.blueprint)
-        if helpers:
-            helpers += run_again(self.blueprint, [*adapter.plan.slots, *(helper.place for helper in helpers)])
+        helpers += run_again(self.blueprint, [*adapter.plan.slots, *(helper.place for helper in helpers)])
         record = manifest.write(adapter.plan, self.blueprint)
         check_called(self.blueprint, [host.path for host, _ in hosts] + [one.place.path for one in helpers])
         if problems := shared_embeddings(self.blueprint, adapter.plan.slots):

@@ -125,6 +125,8 @@ class Runtime:
 
     def __init__(self) -> None:
         self.override = _Override()
+        self.programs: Programs = {}
+        """What acts where no thread overrides it."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "override"}

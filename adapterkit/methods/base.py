@@ -140,7 +140,7 @@ class Mark(nn.Module):
 def run_again(blueprint: Blueprint, places: Sequence[Slot]) -> list[Helper]:
     """Make sites of the layers around these places that may be checkpointed.
 
-    What passes through the flow is another one's by the time such a layer runs again; its site keeps it.
+    Setup and flow may be another one's by the time such a layer runs again; its site keeps them.
     """
     stacks = dict.fromkeys(place.stack for place in places)
     layers = [

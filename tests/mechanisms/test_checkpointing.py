@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ reentrant = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant"
 def checkpoint(model: nn.Module, reentrant: bool) -> None:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": reentrant})
+
+
+def switch_off(model: nn.Module) -> None:
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
 
 class Calls:
@@ -122,7 +127,7 @@ def test_checkpointing_that_is_switched_off_again() -> None:
     expected = gradients(model, given)
     checkpoint(model, True)
     gradients(model, given)
-    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+    switch_off(model)
     calls = Calls(first_unit(kit))
     found = gradients(model, given)
     assert calls.number == 1
@@ -218,3 +223,71 @@ def test_backward_in_another_thread(method: str, reentrant: bool) -> None:
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(grown, kit, total).result()
     assert_gradients(found, expected)
+
+
+# -- the setup of its own pass
+
+BETWEEN = {"lora": "lora[r=4]", "ia3": "ia3", "seq_bn": "seq_bn[reduction_factor=4]"}
+
+
+def of_each(kit: ak.Kit, given: dict[str, torch.Tensor], weights: dict[Any, float]) -> dict[str, torch.Tensor]:
+    """Gradients of a weighted sum of losses, one for each setup, by one backward under another setup."""
+    kit.model.zero_grad()
+    total = torch.zeros(())
+    for setup, weight in weights.items():
+        kit.activate(setup)
+        total = total + weight * kit.model(**given).loss
+    kit.activate(None)
+    total.backward()
+    return {f"{n}.{k}": p.grad.clone() for n in kit for k, p in kit[n].named_parameters() if p.grad is not None}
+
+
+@reentrant
+@pytest.mark.parametrize("method", BETWEEN)
+@pytest.mark.parametrize("row", ["bert", "llama", "t5"])
+def test_another_setup_before_backward(row: str, method: str, reentrant: bool) -> None:
+    """Multi-task training: a loss for each adapter, one step. The layers of each ran again with the last."""
+    cls = CLASSES[row]
+    given = tiny.inputs(row, cls, labels=True, batch=4)
+    kit = ak.attach(tiny.build(row, cls).train(), BETWEEN[method], name="a", seed=0)
+    kit.attach(BETWEEN[method], name="b", seed=1)
+    for name in kit:
+        randomise(kit, name)
+    for weights in ({"a": 1.0, "b": 2.0}, {ak.Parallel("a", "b"): 1.0, ak.Stack("a", "b"): 3.0, "a": 1.0}):
+        switch_off(kit.model)
+        expected = of_each(kit, given, weights)
+        checkpoint(kit.model, reentrant)
+        assert_gradients(of_each(kit, given, weights), expected)
+
+
+@reentrant
+def test_training_that_begins_inside_of_a_block(reentrant: bool) -> None:
+    """The block is entered in eval mode; backward comes behind it."""
+    given = tiny.inputs("bert", CLASSES["bert"], labels=True, batch=4)
+    kit = ak.attach(tiny.build("bert", CLASSES["bert"]).train(), "lora[r=4]", name="a", seed=0)
+    kit.attach("lora[r=4]", name="b", seed=1)
+    for name in kit:
+        randomise(kit, name)
+    expected = of_each(kit, given, {"a": 1.0})
+    checkpoint(kit.model, reentrant)
+    kit.activate("b")
+    kit.model.zero_grad()
+    kit.model.eval()
+    with kit.using("a"):
+        loss = kit.model.train()(**given).loss
+    loss.backward()
+    found = {f"a.{k}": p.grad for k, p in kit["a"].named_parameters() if p.grad is not None}
+    assert_gradients(found, expected)
+    assert all(p.grad is None for p in kit["b"].parameters())
+
+
+@reentrant
+def test_what_is_recorded_is_so_once(reentrant: bool) -> None:
+    given = tiny.inputs("bert", CLASSES["bert"], labels=True, batch=4)
+    model = tiny.build("bert", CLASSES["bert"]).train()
+    kit = ak.attach(model, "seq_bn[reduction_factor=4, use_gating=true]")
+    checkpoint(model, reentrant)
+    with kit.record() as record:
+        for _ in range(3):
+            model(**given).loss.backward()
+    assert {len(passes) for passes in record.gates.values()} == {3}

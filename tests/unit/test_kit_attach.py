@@ -61,9 +61,9 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(
 
 
 def modules(model: nn.Module) -> dict[str, tuple[type, nn.Module | None]]:
-    """Every module and its class; the containers of units may be others."""
+    """Every module and its class; the containers of units and the marks in them may be others."""
     return {
-        path: (type(module), None if path.endswith(".adapterkit") else module)
+        path: (type(module), None if path.endswith((".adapterkit", ".again")) else module)
         for path, module in model.named_modules()
     }
 
