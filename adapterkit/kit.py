@@ -28,6 +28,7 @@ from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
 from adapterkit.methods.targets import Layers
 from adapterkit.model.blueprint import Blueprint, Head
+from adapterkit.overriding import closed, opened
 from adapterkit.planning import Draft, Plan, prepare
 from adapterkit.routing import chosen
 from adapterkit.runtime import Programs, Record
@@ -242,21 +243,20 @@ class Kit(Named):
 
         Args: rows: for each example the child of `Route` that it takes, by name or number; None or -1: none.
             task_ids: the same for `MultiTask`, where each example has a task.
-        Raises: CompositionError: the setup has no meaning, or a row names no child of it.
+        Raises: CompositionError: the setup has no meaning, a row names no child of it, or the block of a
+            generator or task lies across it in this thread.
         """
         self._refuse_merged("using")
         refuse_override(self.model)
         setup = composition.read(setup)
         own = self._programs(setup, skip_layers)
-        override = self._runtime.override
         index = chosen(setup, rows, task_ids, next(self.model.parameters()).device)
-        before = override.programs, override.active, override.rows, override.tasks
-        override.programs, override.active, override.rows, override.tasks = own, setup, *index
+        block = opened(self._runtime, own, setup, *index)
         try:
             yield self
         finally:
-            override.programs, override.active, override.rows, override.tasks = before
-            leave(override.flow)  # a forward pass may have ended by an exception
+            leave(self._runtime.override.flow)  # a forward pass may have ended by an exception
+            closed(self._runtime, block)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with the batch repeated for Parallel; rows follow their examples through beams."""

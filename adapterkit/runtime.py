@@ -118,6 +118,8 @@ class _Override(threading.local):
         self.tasks: Any = None
         self.flow: dict[str, Any] = {}
         """What passes between the points of a branch; see methods/flow.py."""
+        self.blocks: list[Any] = []
+        """Blocks that are open, the innermost last; see overriding.py."""
 
 
 class Runtime:

@@ -15,7 +15,7 @@ import torch
 from adapterkit.runtime import Runtime
 
 KEY = "adapterkit_again"
-"""The argument that brings a layer its setup and flow: what is checkpointed is called with the same arguments again."""
+"""The argument that brings a layer its setup and flow: it is called again with the same arguments."""
 
 
 class Again:

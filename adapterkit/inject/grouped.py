@@ -74,8 +74,9 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
         return None
     if compiling:
         return real[0], lora_lanes.stack(units)
-    if _trained(real):
-        # what writes to weights unseen, through their `data`, does so in training
+    if _trained(real) or any([unit.A.is_inference() or unit.B.is_inference() for unit in real]):
+        # what writes to weights unseen, through their `data`, does so in training; to tensors of
+        # inference mode all does
         site.stacked.clear()
         return real[0], lora_lanes.stack(units)
     with torch.inference_mode(False), torch.no_grad():

@@ -230,7 +230,9 @@ def test_backward_in_another_thread(method: str, reentrant: bool) -> None:
 BETWEEN = {"lora": "lora[r=4]", "ia3": "ia3", "seq_bn": "seq_bn[reduction_factor=4]"}
 
 
-def of_each(kit: ak.Kit, given: dict[str, torch.Tensor], weights: dict[Any, float]) -> dict[str, torch.Tensor]:
+def of_each(
+    kit: ak.Kit, given: dict[str, torch.Tensor], weights: dict[Any, float]
+) -> dict[str, torch.Tensor]:
     """Gradients of a weighted sum of losses, one for each setup, by one backward under another setup."""
     kit.model.zero_grad()
     total = torch.zeros(())
@@ -239,7 +241,8 @@ def of_each(kit: ak.Kit, given: dict[str, torch.Tensor], weights: dict[Any, floa
         total = total + weight * kit.model(**given).loss
     kit.activate(None)
     total.backward()
-    return {f"{n}.{k}": p.grad.clone() for n in kit for k, p in kit[n].named_parameters() if p.grad is not None}
+    named = ((f"{name}.{key}", p.grad) for name in kit for key, p in kit[name].named_parameters())
+    return {key: gradient.clone() for key, gradient in named if gradient is not None}
 
 
 @reentrant

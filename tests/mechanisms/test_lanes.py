@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import adapterkit as ak
 from adapterkit.composition import Setup
 from adapterkit.errors import CompositionError, NotAttachedError
+from tests.laws.matrix import randomise
 from tests.mechanisms.scene import attach, run
 from tests.mechanisms.test_checkpointing import checkpoint
 from tests.models import tiny
@@ -145,6 +146,29 @@ def test_an_adapter_that_has_diverged_is_the_trouble_of_its_own_examples(part: s
     routed = under(kit, given, ak.Route("a", "b"), {"rows": ["a", "b", "a"]}).view(3, -1)
     assert torch.allclose(routed[[0, 2]], alone[[0, 2]], atol=1e-5)
     assert routed[1].isnan().any()
+
+
+def test_adapters_that_were_attached_in_inference_mode() -> None:
+    """Their tensors do not say when they were written to, so nothing of them is kept."""
+    model = tiny.build("bert").eval()
+    given = tiny.inputs("bert", batch=4)
+    with torch.inference_mode():
+        for name in "ab":
+            kit = ak.attach(model, "lora[init=gaussian]", name=name)
+            randomise(kit, name)
+        with kit.using(ak.Route("a", "b"), rows=["a", "b", None, "a"]):
+            found = model(**given).last_hidden_state
+            for tensor in kit["b"].parameters():
+                tensor.zero_()
+            again = model(**given).last_hidden_state
+        with kit.using("a"):
+            alone = model(**given).last_hidden_state
+        with kit.disabled():
+            bare = model(**given).last_hidden_state
+    for row, expected in ((0, alone), (2, bare), (3, alone)):
+        torch.testing.assert_close(found[row], expected[row], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[1], bare[1], atol=1e-4)
+    torch.testing.assert_close(again[1], bare[1], rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_every_lane_in_eval_mode() -> None:

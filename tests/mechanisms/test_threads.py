@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Thread
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +105,46 @@ def test_blocks_nest_and_exceptions_restore() -> None:
         with kit.disabled():
             assert kit.active is None
         raise KeyError("inside")
+    assert kit.active == "a0" and torch.equal(run(model, given), serial["a0"])
+
+
+def test_blocks_of_generators_that_lie_across_each_other_are_refused() -> None:
+    """The first to be closed said again what had been before it, and the last left its adapter for good."""
+    model, kit, given, serial = prepared("bert", 3)
+    kit.activate("a0")
+
+    def waits(name: str) -> Iterator[None]:
+        with kit.using(name):
+            yield
+
+    one, two = waits("a1"), waits("a2")
+    next(one)
+    next(two)
+    with pytest.raises(ak.errors.CompositionError) as error:
+        one.close()
+    assert error.value.code == "interleaved-blocks"
+    assert torch.equal(run(model, given), serial["a2"])
+    two.close()
+    assert kit.active == "a0" and torch.equal(run(model, given), serial["a0"])
+
+
+def test_blocks_of_tasks_that_lie_across_each_other_are_refused() -> None:
+    model, kit, given, serial = prepared("bert", 3)
+    kit.activate("a0")
+
+    async def serve(name: str, waits: float) -> torch.Tensor:
+        with kit.using(name):
+            await asyncio.sleep(waits)
+            return run(model, given)
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(serve("a1", 0.01), serve("a2", 0), return_exceptions=True)
+
+    found, refused = asyncio.run(both())
+    assert torch.equal(found, serial["a1"]), "the first has what it asked for, not what the second did"
+    assert isinstance(refused, ak.errors.CompositionError) and refused.code == "interleaved-blocks"
+    with kit.using("a2"):  # one around the loop is no other task's
+        assert torch.equal(asyncio.run(serve("a1", 0)), serial["a1"])
     assert kit.active == "a0" and torch.equal(run(model, given), serial["a0"])
 
 

@@ -21,8 +21,9 @@ LONGEST = 600
 
 ROOMS = (
     "errors versions | composition spec | model | methods | planning | runtime | inject | adapter"
-    " | meaning fusing | activation generating liveness merging routing | files | averaging sharing"
-    " | members swapping report | kit | api | author | demo | testing | cli | __init__ __main__"
+    " | meaning fusing | activation generating liveness merging overriding routing | files"
+    " | averaging sharing | members swapping report"
+    " | kit | api | author | demo | testing | cli | __init__ __main__"
 )
 """From the ground up: a room imports rooms before it, and none between the same two bars."""
 
