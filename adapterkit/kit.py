@@ -26,7 +26,7 @@ from adapterkit.members import Members, Named
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
-from adapterkit.methods.targets import Layers
+from adapterkit.methods.targets import Layers, layers_of
 from adapterkit.model.blueprint import Blueprint, Head
 from adapterkit.overriding import closed, opened
 from adapterkit.planning import Draft, Plan, prepare
@@ -215,13 +215,13 @@ class Kit(Named):
     def activate(self, setup: Setup | None, skip_layers: Layers = ()) -> None:
         """Make an adapter act in all threads, None: none; not in the layers that are skipped."""
         self._refuse_merged("activate")
-        setup = composition.read(setup)
-        self._members.run(self._programs(setup, skip_layers))
-        self._active, self._skipped = setup, skip_layers
+        setup, skipped = composition.read(setup), layers_of(skip_layers, "skip_layers")
+        self._members.run(self._programs(setup, skipped))
+        self._active, self._skipped = setup, skipped
 
     def _programs(self, setup: Setup | None, skip_layers: Layers = ()) -> Programs:
         composition.check(setup)
-        key = setup, str(skip_layers), tuple(self._adapters.values())
+        key = setup, skip_layers, tuple(self._adapters.values())
         found = self._compiled.get(key)
         if found is None:
             found = programs(setup, self, self.blueprint, self._entries, skip_layers)
@@ -249,7 +249,7 @@ class Kit(Named):
         self._refuse_merged("using")
         refuse_override(self.model)
         setup = composition.read(setup)
-        own = self._programs(setup, skip_layers)
+        own = self._programs(setup, layers_of(skip_layers, "skip_layers"))
         index = chosen(setup, rows, task_ids, next(self.model.parameters()).device)
         block = opened(self._runtime, own, setup, *index)
         try:

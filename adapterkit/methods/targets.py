@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from adapterkit.errors import PlanError, Problem, did_you_mean, listing
+from adapterkit.errors import ConfigError, PlanError, Problem, did_you_mean, listing
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.spec.vocabulary import SUBLAYERS
 
@@ -111,6 +112,19 @@ def chosen_layers(blueprint: Blueprint, layers: Layers | None, leave_out: Layers
     everything = {(name, i) for name, info in blueprint.stacks.items() for i in range(info.num_layers)}
     kept = everything if layers is None else {pair for word in layers for pair in _layer(blueprint, word)}
     return kept - {pair for word in leave_out for pair in _layer(blueprint, word)}
+
+
+def layers_of(given: Any, option: str) -> Layers:
+    """Layers as a user names them, once and for all: an iterator has them once, and a list may change.
+
+    Raises: ConfigError: that names none.
+    """
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (None,)
+    plain = tuple(word.item() if hasattr(word, "item") else word for word in found)  # numbers of arrays
+    if not all(isinstance(word, int | str) and not isinstance(word, bool) for word in plain):
+        expected = "a list of numbers, or of addresses such as 'decoder.3'"
+        raise ConfigError(Problem("bad-option", f"{given!r} names no layers", option, expected))
+    return plain
 
 
 def _layer(blueprint: Blueprint, word: int | str) -> set[tuple[str, int]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 import adapterkit as ak
 from adapterkit.composition import Average, BatchSplit, Parallel, Route, Stack
-from adapterkit.errors import PlanError
+from adapterkit.errors import ConfigError, PlanError
 from tests.laws.branch_cases import randomise
 from tests.laws.composition_cases import METHODS, SetupCase, assert_rows, fields
 from tests.laws.matrix import loss, run
@@ -140,3 +142,41 @@ def test_layers_that_are_not_there() -> None:
     refused(PlanError, "no-such-layer", kit.activate, "a", skip_layers=["encoder.9"])
     refused(PlanError, "ambiguous-layer", kit.activate, "a", skip_layers=[0])
     kit.activate("a", skip_layers=["decoder.0", "encoder.1"])
+
+
+@pytest.mark.parametrize("layers", [lambda: iter([0]), lambda: (n for n in [0]), lambda: numpy.arange(1)])
+def test_what_is_skipped_stays_so_in_files(layers: Any, tmp_path: Path) -> None:
+    """An iterator was empty by the time the setup was saved."""
+    kit, _ = twins("bert", "lora")
+    inputs = tiny.inputs("bert")
+    kit.activate("a", [0])
+    expected = run(kit.model, inputs)
+    kit.activate("a", layers())
+    assert torch.equal(run(kit.model, inputs), expected)
+    kit.save(tmp_path, setup="a")
+    kit.load(tmp_path, replace=True)
+    assert torch.equal(run(kit.model, inputs), expected)
+    with kit.using("a"):
+        assert not torch.equal(run(kit.model, inputs), expected)
+
+
+def test_a_list_that_changes_later_changes_nothing() -> None:
+    kit, _ = twins("bert", "lora")
+    inputs, skipped = tiny.inputs("bert"), [0]
+    kit.activate("a", skipped)
+    expected = run(kit.model, inputs)
+    skipped.append(1)
+    with kit.using("a", iter([1])):
+        second = run(kit.model, inputs)
+    with kit.using("a", iter([0])):  # iterators are told apart by what they hold, not by where they lie
+        assert torch.equal(run(kit.model, inputs), expected)
+    assert not torch.equal(second, expected)
+    kit.attach("lora", name="c", activate=False, head=False)
+    kit.detach("c")
+    assert torch.equal(run(kit.model, inputs), expected)
+
+
+@pytest.mark.parametrize("layers", [0, None, "encoder.0", [0.0], [True], [None]])
+def test_what_names_no_layers(layers: Any) -> None:
+    kit, _ = twins("bert", "lora")
+    refused(ConfigError, "bad-option", kit.activate, "a", layers)
