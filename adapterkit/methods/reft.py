@@ -173,7 +173,9 @@ class Entered(nn.Module):
             expected = "one text in each row"
             raise PlanError(Problem("packed", f"{message} would be edited", self.stack, expected))
         flow[f"{self.stack}.mask"], flow[f"{self.stack}.past"] = mask, past
-        flow[f"{self.stack}.late"] = _late(mask, past)
+        flow.pop(f"{self.stack}.late", None)
+        if (late := _late(mask, past)) is not None:
+            flow[f"{self.stack}.late"] = late
         return args, kwargs
 
 

@@ -30,7 +30,7 @@ _WANTED = {
     "too_short": "at least one entry",
 }
 
-_SHORT = ("Path", "Layers", "Unembed")
+_SHORT = ("Embeddings", "Path", "Layers", "Unembed")
 """Models that may be said as the path alone."""
 
 
