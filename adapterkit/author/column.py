@@ -44,6 +44,8 @@ class Column:
     """Whether roles reach it without an address."""
     out: str = ""
     """The last module before the stream, below the root."""
+    is_exact: bool = True
+    """Whether what that module gives is the stream, so that nothing is added behind it."""
     reads: bool = False
     given: dict[str, int] = field(default_factory=dict)
     """What the entry was called with."""
@@ -144,16 +146,19 @@ class Column:
         if before is not None and not exact:  # embeddings of another width come out of no module
             projection = before = None
             exact = self._giving(arriving, None)
-        leaves = [c for c in exact if c.is_leaf and c.kind != "Identity"]
+        leaves = [c for c in exact if c.is_leaf]
         # what passes on unchanged is the last of those that give the same numbers
         last = max(leaves or exact, key=lambda c: (c.end, c.index), default=None)
-        plain = table if tables and self._is_stream(tables[0].node, before) else None
+        plain = table if tables and self._has_tokens(tables[0].node) else None
+        self.is_exact = last is not None
+        if last is None and plain is None:  # positions are added that come out of no module
+            last = max(filter(self._reaches, arriving), key=lambda c: (c.gives, c.end), default=None)
         out = self.below(last.path) if last is not None else plain
         found: Words = {"table": table} if table else {}
         if out is None:
             text = "the stream comes out of no module before the first layer, so there is nothing to name"
             self.notes.remark((*self.loc, "layers"), text)
-            return {}
+            return {"embeddings": found} if found else {}
         said: Words = {"embeddings": found | {"out": out}}
         if projection is not None:
             said["extra"] = {"embedding_projection": self.below(projection.path)}
@@ -172,6 +177,18 @@ class Column:
         stream = nodes[self.facts.entering if before is None else before].shape
         shape = () if value is None else nodes[value].shape
         return len(shape) == len(stream) and shape[-1] == stream[-1]
+
+    def _has_tokens(self, value: int | None) -> bool:
+        """Whether a value is as long as the stream, too."""
+        nodes = self.scene.graph.nodes
+        stream, shape = nodes[self.facts.entering].shape, () if value is None else nodes[value].shape
+        return self._is_stream(value, None) and shape[-3:-1] == stream[-3:-1]
+
+    def _reaches(self, call: Call) -> bool:
+        """Whether a module gives what the stream is made of, and no linear map stands for it."""
+        linears = ("linear", "addmm")
+        made = call.gives is not None and self.scene.graph.nodes[call.gives].op not in linears
+        return made and self._has_tokens(call.gives)
 
     def _projection(self, arriving: list[Call]) -> Call | None:
         """The linear module between embeddings of another width and the stream."""
@@ -306,7 +323,8 @@ class Column:
         """
         given = self._given(module)
         known = edits[0] if edits is not None else ()
-        names = [name for name, value in given.items() if value.shape == shape and name not in known]
+        one_each = (name for name, value in given.items() if masks.form(value, shape) == value.shape)
+        names = [name for name in one_each if name not in known]
         names += [name for name in masks.optional(module) if name not in given]
         path = self.facts.layers[0].call.path
 
@@ -317,7 +335,8 @@ class Column:
             return None if made is None else part(made)
 
         for name in names:
-            value = masks.visible(run, name, shape, masks.kinds_of(given.get(name)))
+            found = given.get(name)
+            value = masks.visible(run, name, masks.form(found, shape), masks.kinds_of(found))
             if value is not None:
                 return {"mask": name} | ({} if value else {"mask_hides": True})
         return {}
@@ -422,7 +441,8 @@ class Column:
         graph, facts = self.scene.graph, self.facts
         found: Words = {}
         following = self._following()
-        width = graph.nodes[facts.entering].shape
+        # stages may have widened the stream
+        width = graph.nodes[facts.entering if facts.leaving is None else facts.leaving].shape
         norms = [c for c in following if graph.is_norm(c) or _is_norm_elsewhere(c)]
         norms = [c for c in norms if graph.nodes[c.given or 0].shape == width]
         last = facts.layers[-1].call

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.author import factors
 from adapterkit.author.attention import Attention
 from adapterkit.author.axes import examples
 from adapterkit.author.fusedrows import Rows
@@ -43,6 +44,11 @@ class Scene:
     @property
     def graph(self) -> Graph:
         return self.seen.graph
+
+    @property
+    def config(self) -> Any:
+        """The config of the whole model, None if it has none."""
+        return getattr(self.model, "config", None)
 
     @property
     def batch(self) -> int:
@@ -153,7 +159,24 @@ class Describer:
         if word != "mlp" and not facts.events:
             what = end.kind if end is not None else "the branch"
             words["without"] = dict.fromkeys(("core", "q", "k", "v", "o"), f"{what} computes no attention")
+        self._factor(words, layer, facts, loc)
         return words
+
+    def _factor(self, words: Words, layer: Call, facts: BranchFacts, loc: tuple[str, ...]) -> None:
+        """What multiplies the branch behind its last module: a field, a number, or a gate."""
+        steps = [step.call.gives for step in facts.steps if step.call.kind != "Identity"]
+        value = steps[-1] if steps and steps[-1] is not None else facts.end
+        by = factors.factor(self.scene.seen, facts, value)
+        if by is None:
+            if factors.varies(self.scene.seen, facts, value):
+                why = "what it gives is multiplied by what is made of the inputs"
+                words["without"] = {**words.get("without", {}), "branch": why}
+        elif not isinstance(by, float) or abs(by - 1) > factors.CLOSE:
+            name = factors.named(self.scene.modules[layer.path], self.scene.config, by)
+            if name is not None:
+                words["scale"] = name
+            else:
+                self.notes.gap((*loc, "scale"), "each channel of the branch is multiplied, by no field seen")
 
     def _start(self, layer: Call, facts: BranchFacts) -> str | None:
         """The module that is called with the stream, if the first projections read it turned."""
@@ -405,12 +428,18 @@ class Describer:
                 continue
             for call in self._inside(facts, branch):
                 below = self.scene.below(call.path, facts.call.path)
-                if below is None or below in named or any(part.isdigit() for part in below.split(".")):
+                if below is None or below in named or self._is_of_bank(facts.call.path, below):
                     continue
                 taken = words.setdefault("extra", {})
                 name = _name(below, taken)
                 taken[name] = self._named(call.path, below)
                 named.add(below)
+
+    def _is_of_bank(self, layer: str, below: str) -> bool:
+        """Whether a module is one of several alike in a list, as an expert is; a sequence has none."""
+        parts = below.split(".")
+        above = (".".join((layer, *parts[:at])) for at, part in enumerate(parts) if part.isdigit())
+        return any(not isinstance(self.scene.modules[path], nn.Sequential) for path in above)
 
     def _inside(self, facts: LayerFacts, branch: BranchFacts) -> list[Call]:
         """Calls of linear modules whose outputs the branch is made of."""
@@ -435,7 +464,7 @@ def _axis(shape: tuple[int, ...], examples: int) -> str:
 def _name(below: str, taken: Mapping[str, Any]) -> str:
     """A name for an extra module: the last words of its path that are not taken."""
     parts = below.split(".")
-    for count in range(1, len(parts) + 1):
+    for count in range(len(parts) if parts[-1].isdigit() else 1, len(parts) + 1):
         name = "_".join(parts[-count:])
         if name not in RESERVED and name not in taken and name[0].isalpha():
             return name

@@ -103,7 +103,8 @@ def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) 
     _verify(scene, found, data, notes)
     if not notes.gaps:
         _doubt(model, inputs, data, notes)
-    near = shortened(model, data) if like and not notes.gaps else None
+    # a class of nobody else is told best by itself
+    near = shortened(model, data) if like and "model_type" in data and not notes.gaps else None
     if near is not None:
         name, data = near
         known = registry.model_types().get(str(data.get("model_type")))

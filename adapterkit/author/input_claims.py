@@ -58,6 +58,8 @@ def _named(trial: Trial, word: str, takes: set[str]) -> None:
             trial.seen.refute(
                 trial.loc(word), text, f"{kind} does not", "say 'ids: null', or its name", "name"
             )
+        if word == "mask" and usual not in takes:
+            mask_claims.is_elsewhere(trial, usual, "inputs.mask: the entry takes the usual one, or none")
         return
     if said is not None:
         text = f"inputs.{word}: the entry takes {said!r}"
@@ -69,6 +71,10 @@ def _named(trial: Trial, word: str, takes: set[str]) -> None:
         return  # the entry may take some that it does not treat as those of ids
     else:
         text = f"inputs.{word}: the entry takes none"
+        name = _looked_up_with(trial) if word == "ids" else None
+        if name is not None:
+            trial.seen.refute(trial.loc(word), text, f"the table is called with {name!r}", aspect="name")
+            return
         used = usual in takes and (word not in _PROBES or bool(_PROBES[word](trial, usual)))
         if word == "mask" and not used and mask_claims.is_elsewhere(trial, usual, text):
             return
@@ -89,6 +95,14 @@ def _ids(trial: Trial, name: str) -> None:
         call.given is not None and seen.graph.same(call.given) == seen.graph.same(given) for call in calls
     )
     seen.judge(right, trial.loc("ids"), text, f"{table.path} is not called with it")
+
+
+def _looked_up_with(trial: Trial) -> str | None:
+    """The argument of the entry that the table is called with as it came."""
+    graph, table = trial.seen.graph, trial.seen.place("embeddings.table")
+    calls = graph.calls_of(table.path) if table is not None else ()
+    given = {graph.same(call.given) for call in calls if call.given is not None}
+    return next((name for name, value in trial.entry.arguments if graph.same(value) in given), None)
 
 
 def _is_given_embedded(trial: Trial) -> bool:

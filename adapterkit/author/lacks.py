@@ -93,10 +93,13 @@ def _no_place(column: Column, every: list[Column]) -> str:
     beside = [(name.partition(".")[0], v) for name, v in first.arguments if v != first.given]
     beside = [(name, v) for name, v in beside if not states & graph.closure([v])]  # what is read of another
     for name, value in beside:
-        if graph.closure([value]).intersection(looked_up):
+        # a vector for each example, of a class or a time, is none of a token
+        if length in _shape(graph, value)[1:] and graph.closure([value]).intersection(looked_up):
             return f"{name} is looked up with ids beside the stream, and a prompt has none"
     if column.takes_embeddings:
         return ""
+    if column.inputs.get("ids", "") is None and column.out and not column.is_exact:
+        return "a number of each position is added behind the embeddings, and none of a prompt"
     queries = [
         _shape(graph, e.query) for layer in column.facts.layers for b in layer.branches for e in b.events
     ]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
-from adapterkit.author import mlp_claims
+import torch
+
+from adapterkit.author import factors, mlp_claims
 from adapterkit.author.graph import Call, Projection
 from adapterkit.author.layers import BranchFacts, LayerFacts
 from adapterkit.author.seen import Block, BranchSeen, Seen, blocks
+from adapterkit.methods.flow import number
 from adapterkit.model import linear
 from adapterkit.model.blueprint import Slot
 from adapterkit.spec.vocabulary import ROLES
@@ -239,8 +243,13 @@ def _no_summand(seen: Seen, block: Block, facts: LayerFacts, left: list[BranchFa
         observed = f"what {branch.outs[-1].path if branch.outs else 'it gives'} gives is added as it is"
         other_shape = graph.nodes[branch.stream].shape not in shapes
         multiplied = graph.nodes[branch.stream].op in ("mul", "div")
-        right = not alone or other_shape or multiplied
+        gated = factors.varies(seen.observation, branch, branch.end)
+        right = not alone or other_shape or multiplied or gated
         seen.judge(right, (*block.loc, "without", "branch"), text, observed)
+        if gated:  # what it is made of is that of any branch
+            claim = f"{block.word} is a branch that is added to the stream"
+            if seen.judge(branch.kind == block.word, block.loc, claim, f"it is {branch.kind}"):
+                _inner(BranchSeen(seen, block, branch, facts.call))
     return [branch for branch in left if branch not in own]
 
 
@@ -266,14 +275,20 @@ def _mixer(seen: Seen, block: Block, facts: LayerFacts, left: list[BranchFacts])
 def _judge(branch: BranchSeen) -> None:
     """Every claim about one sublayer."""
     _norm_before(branch)
+    _inner(branch)
+    _factor(branch)
+    _residual(branch)
+    _called(branch)
+
+
+def _inner(branch: BranchSeen) -> None:
+    """What stands between the norm before a branch and the add."""
     if branch.block.word == "mlp":
         mlp_claims.judge(branch)
     else:
         _attention(branch)
     _end(branch)
     _way_to_the_add(branch)
-    _residual(branch)
-    _called(branch)
 
 
 def _attention(branch: BranchSeen) -> None:
@@ -408,6 +423,45 @@ def _last(branch: BranchSeen, word: str, what: str, found: list[str]) -> None:
     elif found:
         text = f"{word}: no module {what.removeprefix('is ')}".replace("the last module", "is called")
         branch.judge(False, word, text, f"{branch.rel(found[-1])} is called there", f"say {word!r}")
+
+
+def _factor(branch: BranchSeen) -> None:
+    """What is added is the branch, times the factor that is said."""
+    seen, facts = branch.seen, branch.facts
+    value = _given_last(branch)
+    if value is None:
+        return
+    found = factors.factor(seen.observation, facts, value)
+    said = number(seen.blueprint.scales.get(f"{_layer_address(branch)}.{branch.block.word}", 1.0))
+    text = f"scale: the branch is added {'as it is' if _is_one(said) else f'times {_word(branch)}'}"
+    if found is not None:
+        wanted = torch.as_tensor(said).detach().double().flatten()
+        right = bool(torch.isclose(torch.as_tensor(found).double(), wanted, rtol=1e-3, atol=1e-6).all())
+        what = f"times {found:.4g}" if isinstance(found, float) else "times a number for each channel"
+        branch.judge(right, "scale", text, f"it is added {what}", "say 'scale'")
+    elif factors.varies(seen.observation, facts, value):
+        observed = "it is multiplied by what is made of the inputs"
+        branch.judge(False, "scale", text, observed, "say 'without: {branch: ...}'")
+
+
+def _word(branch: BranchSeen) -> str:
+    return str(branch.block.said.scale) if branch.block.said is not None else ""
+
+
+def _is_one(said: Any) -> bool:
+    return not isinstance(said, torch.Tensor) and said == 1
+
+
+def _given_last(branch: BranchSeen) -> int | None:
+    """What the last module of the branch that is named gives, on the way to the add."""
+    block, graph = branch.block, branch.seen.graph
+    role = "down" if block.word == "mlp" else "o"
+    path = next((p for word in ("norm.after", "tail", "out", role) if (p := block.path(word))), None)
+    if path is None:
+        return None
+    behind = graph.closure([branch.facts.term], lambda value: value == branch.facts.stream)
+    calls = graph.calls_of(path, branch.layer)
+    return next((call.gives for call in reversed(calls) if call.gives in behind), None)
 
 
 def _residual(branch: BranchSeen) -> None:

@@ -30,6 +30,8 @@ class BranchFacts:
     """What the branch is added to."""
     operand: int
     """What is added: the branch with all that follows its projection."""
+    term: int
+    """The same without the other branch of a parallel block, if both were added to each other first."""
     events: tuple[Attention, ...]
     """Attention that the branch computes."""
     source: int
@@ -194,6 +196,7 @@ def _branch(
         add=total,
         stream=base,
         operand=operand,
+        term=start,
         events=own,
         source=source,
         before=before,

@@ -50,14 +50,17 @@ def _visible(trial: Trial, name: str) -> int | None:
         return masks.visible(
             lambda mask, changed: trial.made({**edits[changed], **mask}, masks.beside),
             name,
-            (tokens.shape[0], tokens.shape[1]),
+            masks.form(trial.given(name), (tokens.shape[0], tokens.shape[1])),
             kinds,
         )
     if tokens is not None or shape is None:
         return None
     # patches and frames are no ids: their states differ where they enter the layers
     return masks.visible(
-        lambda mask, changed: trial.made(mask, masks.beside, moved=changed), name, shape, kinds
+        lambda mask, changed: trial.made(mask, masks.beside, moved=changed),
+        name,
+        masks.form(trial.given(name), shape),
+        kinds,
     )
 
 
@@ -105,9 +108,9 @@ def _steered(
 ) -> bool | None:
     """Whether attention differs if a mask (B, T) hides one position; None if it does not run."""
     for kind in masks.kinds_of(given):
-        full = torch.full(shape, int(not hides)).to(kind)
+        full = torch.full(masks.form(given, shape), int(not hides)).to(kind)
         hidden = full.clone()
-        hidden[:, shape[1] // 2] = int(hides)
+        hidden[..., shape[1] // 2] = int(hides)
         found = trial.steers(trial.run({name: full}), trial.run({name: hidden}), words="o")
         if found is not None:
             return found
@@ -183,7 +186,7 @@ def _visible_read(trial: Trial, name: str) -> int | None:
     return masks.visible(
         lambda mask, changed: trial.made({**edits[changed], **mask}, lambda made: made),
         name,
-        (states.shape[0], states.shape[1]),
+        masks.form(trial.given(name), (states.shape[0], states.shape[1])),
         masks.kinds_of(trial.given(name)),
     )
 

@@ -19,22 +19,29 @@ before that layer, differs at position T // 2. None if it does not run."""
 Part = Callable[[torch.Tensor], torch.Tensor]
 
 
-def visible(run: Run, name: str, shape: tuple[int, int], kinds: Iterable[torch.dtype]) -> int | None:
+def visible(run: Run, name: str, shape: tuple[int, ...], kinds: Iterable[torch.dtype]) -> int | None:
     """The value with which an argument lets tokens be seen, 1 or 0; None if it hides none.
 
     Args:
         run: see `Run`; positions that may change anyway are not among what it gives.
-        shape: (B, T) of the mask.
+        shape: that of the mask: (B, T), perhaps with axes of one between.
         kinds: types that the argument may have, the likeliest first.
     """
     for kind in kinds:
         for value in (1, 0):
             seen = torch.full(shape, value).to(kind)
             hidden = seen.clone()
-            hidden[:, shape[1] // 2] = 1 - value
+            hidden[..., shape[-1] // 2] = 1 - value
             if _differ(run, {name: seen}) and _differ(run, {name: hidden}) is False:
                 return value
     return None
+
+
+def form(given: torch.Tensor | None, shape: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of a mask: that of what was given, if it is (B, T) with axes of one between, else (B, T)."""
+    if given is None or given.ndim < 3 or (given.shape[0], given.shape[-1]) != shape:
+        return shape
+    return tuple(given.shape) if given.numel() == shape[0] * shape[1] else shape
 
 
 def _differ(run: Run, mask: Mapping[str, Any]) -> bool | None:

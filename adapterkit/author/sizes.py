@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.author.layers import BranchFacts, LayerFacts
@@ -40,16 +41,41 @@ def missing_sizes(
     if shown == wanted:
         return found
     widths = dict(found)
+    loc = (*column.loc, branch.kind, "sizes")
     for word, count in wanted.items():
         name = _named(column, core, word, count)
         if name is not None:
             found[word] = name
-        elif not _fits(shown[word], rows["q" if word == "heads" else "k"]):
-            held = [n for n, value in vars(core).items() if type(value) is int and value == count > 1]
+        elif _fits(shown[word], rows["q" if word == "heads" else "k"]):
+            continue
+        elif word == "kv_heads" and shown[word] is None and count in (1, wanted["heads"]):
+            if count != wanted["heads"]:  # one for all queries is no number that the instance chose
+                found[word] = count
+        else:
+            held, alike = _held(column, core, count), _alike(word, wanted, wide)
+            if len(held) == 1 and not alike and held[0] in vars(core):
+                found[word] = held[0]
+                column.notes.remark(loc, f"{held[0]!r} is taken for {word}, as it alone is {count} there")
+                continue
             perhaps = f"; perhaps {listing(map(repr, held))}" if held else ""
-            text = f"{word}: {count} here, which no field shows{perhaps}"
-            column.notes.gap((*column.loc, branch.kind, "sizes"), text)
+            chance = f", but {' and '.join(alike)} {count} here, too" if held and alike else ""
+            column.notes.gap(loc, f"{word}: {count} here, which no field shows{perhaps}{chance}")
     return found if any(found.get(word) and shown[word] != wanted[word] for word in wanted) else widths
+
+
+def _held(column: Column, core: Any, count: int) -> list[str]:
+    """Attributes of the core with this number, else fields of the config."""
+    holders = (vars(core), vars(column.config) if column.config is not None else {})
+    names = ([n for n, value in held.items() if type(value) is int and value == count] for held in holders)
+    return next(filter(None, names), []) if count > 1 else []
+
+
+def _alike(word: str, wanted: Mapping[str, int], wide: int) -> list[str]:
+    """What else has the same number by chance, so that an attribute may mean it."""
+    others = {"the width of a head is": wide}
+    if word == "kv_heads":
+        others["the queries that share a head are"] = wanted["heads"] // wanted["kv_heads"]
+    return [what for what, number in others.items() if number == wanted[word]]
 
 
 def _widths(

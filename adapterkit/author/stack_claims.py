@@ -167,6 +167,7 @@ def _final_norm(seen: Seen, around: StackFacts) -> None:
     if around.leaving is None:
         return
     shape = graph.nodes[around.leaving].shape
+    heads = [graph.paths.get(head.path, head.path) for head in seen.blueprint.heads]
     norms = [
         call
         for call in around.following
@@ -175,6 +176,7 @@ def _final_norm(seen: Seen, around: StackFacts) -> None:
         and graph.nodes[call.given].shape == shape
         and call.is_leaf
         and (said is not None or not _is_outside(seen, call.path))
+        and (said is not None or not any(call.path.startswith(f"{head}.") for head in heads))
         and (graph.is_norm(call) or (said is not None and call.path == said.path))
     ]
     found = norms[0].path if norms else None

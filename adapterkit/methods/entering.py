@@ -22,7 +22,7 @@ from adapterkit.methods.flow import (
     refuse_packed,
     with_first,
 )
-from adapterkit.methods.positions import Index, Span, insert, key, remove, shifted, start, widened
+from adapterkit.methods.positions import Index, Span, as_rows, insert, key, remove, shifted, start, widened
 from adapterkit.model.blueprint import Blueprint, Slot, StackInfo
 from adapterkit.spec.schema import Inputs, Reads
 
@@ -145,7 +145,8 @@ class Widen(nn.Module):
         past = past_of(given)
         rows, length = tokens.shape[:2]
         count = self.acting.count
-        mask = self._mask(given)
+        whole: Any = given.get(names.mask) if names.mask else None
+        mask = None if whole is None else _rows(whole, length, str(names.mask), self.stack)
         self._check_cache(given, mask, past, length, count)
         index = self.acting.index(mask, names.mask_hides)
         fresh, total = not past, (past or count) + length
@@ -153,7 +154,7 @@ class Widen(nn.Module):
             message = f"a prompt of {count} and {total - count} tokens, but {self.limit} positions"
             raise PlanError(Problem("too-long", message, self.stack, "a shorter prompt, or shorter inputs"))
         if mask is not None:
-            given[str(names.mask)] = widened(mask, count, index, names.mask_hides)
+            given[str(names.mask)] = widened(whole, count, index, names.mask_hides)
         elif not self.move and takes(module, names.mask):
             # the model would make one of the length that it was given
             shown = tokens.new_full((rows, total), not names.mask_hides, dtype=torch.long)
@@ -205,14 +206,6 @@ class Widen(nn.Module):
             expected = "a first step, or prefill_chunk_size, that is longer than the padding"
             raise PlanError(Problem("unfit-cache", message, self.stack, expected))
 
-    def _mask(self, given: dict[str, Any]) -> torch.Tensor | None:
-        mask = given.get(self.inputs.mask) if self.inputs.mask else None
-        if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-            return mask
-        message = f"{self.inputs.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
-        expected = "a mask (B, T); a cache of fixed size comes with others, and has no room for a prompt"
-        raise PlanError(Problem("unfit-input", message, self.stack, expected))
-
     def _positions(self, given: dict[str, Any], ids: torch.Tensor | None, past: int) -> torch.Tensor | None:
         """The positions that are given, or those that the embeddings would count by the ids' padding."""
         name = self.inputs.positions
@@ -224,6 +217,19 @@ class Widen(nn.Module):
             message = f"{name!r} has {positions.ndim} axes: a prompt has a place in (B, T) or (axes, B, T)"
             raise PlanError(Problem("unfit-input", message, self.stack))
         return positions
+
+
+def _rows(mask: Any, length: int, name: str, stack: str) -> torch.Tensor:
+    """A mask as (B, T), whose width may be that of a cache.
+
+    Raises: PlanError: it has another form.
+    """
+    found = as_rows(mask, length) if isinstance(mask, torch.Tensor) else None
+    if found is not None:
+        return found
+    message = f"{name!r} is no mask (B, T), so that it cannot be widened for a prompt"
+    expected = "a mask (B, T), or one of whole numbers or bools (B, 1, T); a cache of fixed size has no room"
+    raise PlanError(Problem("unfit-input", message, stack, expected))
 
 
 def capacity(info: StackInfo) -> int | None:
@@ -322,15 +328,15 @@ class WidenLayer(nn.Module):
         name = self.mask if self.mask in given or whole is None else _made_of(whole, given) or self.mask
         mask = given.get(name)
         is_made = name != self.mask and mask is not whole
-        if mask is not None and mask.ndim != 2 and not is_made:
-            message = f"{name!r} is no mask (B, T), so that it cannot be widened for a prompt"
-            raise PlanError(Problem("unfit-input", message, self.stack))
-        shown = whole if is_made else mask
-        index, count = self.acting.index(shown, self.hides), self.acting.count
         length = next(iter(given.values())).shape[1]
+        shown = whole if is_made else mask
+        if shown is not None:
+            seen = length - self.acting.count * (not self.is_first)
+            shown = _rows(shown, seen, name, self.stack)
+        index, count = self.acting.index(shown, self.hides), self.acting.count
         flow[key(self.stack)] = Span(index, count, length + count * self.is_first)
         if is_made and mask is not None:
-            given[name] = _like_shown(mask, start(whole, 0, self.hides), count, index)
+            given[name] = _like_shown(mask, start(shown, 0, self.hides), count, index)
         elif mask is not None:
             given[name] = widened(mask, count, index, self.hides)
         return (), given
@@ -343,7 +349,7 @@ def _made_of(mask: torch.Tensor, given: dict[str, Any]) -> str | None:
         name
         for name, value in given.items()
         if isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.numel() == mask.numel()
-        if (value.shape[0], value.shape[-1]) == tuple(mask.shape)
+        if (value.shape[0], value.shape[-1]) == (mask.shape[0], mask.shape[-1])
     )
     return next(same, None) or next(bools, None)
 
@@ -393,9 +399,7 @@ class WidenMask(nn.Module):
         mask = given.get(self.mask)
         if mask is None:
             return args, kwargs
-        if mask.ndim != 2:
-            message = f"{self.mask!r} is no mask (B, T), so that it cannot be widened for a prompt"
-            raise PlanError(Problem("unfit-input", message, self.stack))
+        _rows(mask, mask.shape[-1], self.mask, self.stack)
         given[self.mask] = widened(mask, self.acting.count, self.acting.offset, self.hides)
         return (), given
 
@@ -416,7 +420,7 @@ class WidenRead(nn.Module):
         mask, count = given.get(self.mask), self.acting.count
         states = None if self.states is None else given.get(self.states)
         if mask is not None and self._lacks_it(mask.shape[-1] + count, states):
-            index = self.acting.index(mask, self.hides)
+            index = self.acting.index(_rows(mask, mask.shape[-1], self.mask, "reads"), self.hides)
             given[self.mask] = widened(mask, count, index, self.hides)
         return (), given
 

@@ -42,8 +42,21 @@ def start(mask: torch.Tensor | None, offset: int, hides: bool = False) -> Index:
 
 
 def widened(mask: torch.Tensor, count: int, index: Index, hides: bool = False) -> torch.Tensor:
-    """A mask (B, T) with a prompt that it shows: (B, P + T)."""
-    return insert(mask, mask.new_full((1, count), not hides), index)
+    """A mask (B, T) with a prompt that it shows: (B, P + T); axes of one between stay where they are."""
+    rows = mask.flatten(1)
+    wide = insert(rows, rows.new_full((1, count), not hides), index)
+    return wide.view(*mask.shape[:-1], -1)
+
+
+def as_rows(mask: torch.Tensor, length: int) -> torch.Tensor | None:
+    """A mask of T keys as (B, T): it may have axes of one between, for heads and queries; else None.
+
+    Numbers with more axes are added to scores, and what one query sees of more keys is a mask of pairs.
+    """
+    if mask.ndim == 2:
+        return mask
+    plain = 2 < mask.ndim < 5 and not mask.is_floating_point() and length > 1
+    return mask.flatten(1) if plain and mask.shape[1:] == (*[1] * (mask.ndim - 2), length) else None
 
 
 def insert(x: torch.Tensor, new: torch.Tensor, index: Index) -> torch.Tensor:

@@ -119,7 +119,14 @@ def layer_slots(blueprint: Blueprint) -> dict[str, Slot]:
     for stack in blueprint.stacks.values():
         for index in range(stack.num_layers):
             place = blueprint.places[f"{stack.address}.{index}.layer"]
-            shape = widths.get((stack.address, index))
+            shape = widths.get((stack.address, index)) or _last_width(blueprint, f"{stack.address}.{index}")
             if shape is not None:
                 found[place.address] = place.moved(shape=shape)
     return found
+
+
+def _last_width(blueprint: Blueprint, layer: str) -> tuple[int, int] | None:
+    """(D, D) by the last projections of a layer whose sublayers are no branches: gates may follow them."""
+    ends = (blueprint.slots.get(f"{layer}.{sublayer}.{role}") for sublayer, role in _OUTPUTS.items())
+    widths = {slot.shape[0] for slot in ends if slot is not None and slot.shape is not None}
+    return (width := widths.pop(), width) if len(widths) == 1 else None

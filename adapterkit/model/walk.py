@@ -93,7 +93,7 @@ def expand(module: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
     return [
         (f"{path}.{name}", member)
         for path, node in found
-        if isinstance(node, (nn.ModuleList, nn.Sequential))
+        if isinstance(node, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
         for name, member in node._modules.items()
         if member is not None
     ]

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
 
 import adapterkit as ak
@@ -28,7 +29,7 @@ from adapterkit.author.claims import Book
 from adapterkit.author.prove import COLUMNS, prove_methods
 from adapterkit.author.scene import Scene
 from adapterkit.errors import ResolveError, SpecError
-from adapterkit.methods.flow import base_forward, entry_place
+from adapterkit.methods.flow import base_forward, entry_place, number
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.cores import cores
 from adapterkit.model.resolve import resolve
@@ -63,7 +64,11 @@ class Outcome:
 
 def run(row: str, limit: int | None = None) -> Outcome:
     """Every mutant of a row's interface, or a few spread over all of them."""
-    seen, whole = _subject(row)
+    return of(*_subject(row), limit)
+
+
+def of(seen: list[Scene], whole: ak.Interface, limit: int | None = None) -> Outcome:
+    """Every mutant of an interface in these scenes, or a few spread over all of them."""
     assert observe_claims(whole, seen).ok, "an interface that is wrong itself says nothing"
     data = registry.dump(whole)
     original = [meaning(resolve(scene.model, whole), scene) for scene in seen]
@@ -133,6 +138,8 @@ def judged(mutant: Mutant, seen: list[Scene], original: ak.Interface) -> str | N
         tried = set(original.unsupported) - set(changed.unsupported)
     if mutant.loc[-1:] == ("batch",):
         tried = {"parallel"}
+    if mutant.loc[-1:] == ("filler",):
+        tried = {"prompt_tuning"}
     verdicts = prove_methods(changed, seen[0], tuple(tried & set(COLUMNS))) if tried else ()
     return "observed" if any(verdict.state == "broken" for verdict in verdicts) else None
 
@@ -208,9 +215,23 @@ def meaning(blueprint: Blueprint, scene: Scene) -> Any:
         label(a, core.stack, core.role, core.path): (core.kv_heads, core.key_dim, core.value_dim)
         for a, core in cores(blueprint).items()
     }
+    scales = {
+        own.get(a.partition(".")[0], "") + a.partition(".")[2]: [round(float(n), 6) for n in _numbers(scale)]
+        for a, scale in blueprint.scales.items()
+    }
+    lacks = {
+        own.get(a.partition(".")[0], "") + a.partition(".")[2]
+        for a, said in blueprint.without.items()
+        if "branch" in said
+    }
+    scales = {a: factor for a, factor in scales.items() if factor != [1.0] and a not in lacks}
     heads = sorted(head.path for head in blueprint.heads)
     poolers = sorted(head.path for head in blueprint.poolers)
-    return slots, places, stacks, dims, heads, poolers, sorted(blueprint.unsupported)
+    return slots, places, stacks, dims, scales, heads, poolers, sorted(blueprint.unsupported)
+
+
+def _numbers(scale: Any) -> Any:
+    return torch.as_tensor(number(scale)).detach().flatten().tolist()
 
 
 def _difference(original: list[Any], new: list[Any]) -> str:
