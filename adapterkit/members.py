@@ -18,8 +18,8 @@ from adapterkit.inject.injector import close_entries, eject, inject, open_entrie
 from adapterkit.inject.site import check_called, check_unwrapped, site_of
 from adapterkit.inject.state import NAME, part_tensors, place_tensors
 from adapterkit.methods.base import run_again
+from adapterkit.methods.targets import shared_embeddings
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.embeddings import shared_embeddings
 from adapterkit.model.walk import ATTRIBUTE, parameters
 from adapterkit.runtime import Programs, Runtime
 

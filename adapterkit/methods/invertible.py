@@ -14,9 +14,9 @@ from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import MethodConfig, Shared, Unit, Unmergeable, Words
 from adapterkit.methods.flow import first, with_first
-from adapterkit.methods.targets import Selection, unknown_stacks
+from adapterkit.methods.targets import Selection, shared_embeddings, unknown_stacks
 from adapterkit.model.blueprint import Blueprint, Slot
-from adapterkit.model.embeddings import embedding_slots, shared_embeddings, unembed_slots
+from adapterkit.model.embeddings import embedding_slots, unembed_slots
 
 
 class InvertibleConfig(MethodConfig):

@@ -228,3 +228,20 @@ def _by_role(
             "partial", message, target, "a target that every layer has, or addresses of those that have it"
         )
     ]
+
+
+def shared_embeddings(blueprint: Blueprint, slots: Iterable[Slot]) -> list[Problem]:
+    """Embeddings that are also those of another stack: what acts at a module acts whenever it is called."""
+    return [
+        Problem(
+            "shared-module",
+            f"{slot.path} is the same module as {place.path}, the embeddings of {stack}",
+            slot.address,
+            "a module for each place, as after save_pretrained and from_pretrained",
+        )
+        for slot in slots
+        if slot.role == "embeddings"
+        for stack in blueprint.stacks
+        if stack != slot.stack and (place := blueprint.places.get(f"{stack}.embeddings.out")) is not None
+        if place.module is slot.module
+    ]

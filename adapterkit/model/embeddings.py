@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 
-from adapterkit.errors import Problem
 from adapterkit.model import linear
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import layer_slots
@@ -27,23 +24,6 @@ def embedding_slots(blueprint: Blueprint) -> dict[str, Slot]:
         address = f"{stack}.embeddings"
         found[address] = place.moved(address=address, role="embeddings", shape=shape)
     return found
-
-
-def shared_embeddings(blueprint: Blueprint, slots: Iterable[Slot]) -> list[Problem]:
-    """Embeddings that are also those of another stack: what acts at a module acts whenever it is called."""
-    return [
-        Problem(
-            "shared-module",
-            f"{slot.path} is the same module as {place.path}, the embeddings of {stack}",
-            slot.address,
-            "a module for each place, as after save_pretrained and from_pretrained",
-        )
-        for slot in slots
-        if slot.role == "embeddings"
-        for stack in blueprint.stacks
-        if stack != slot.stack and (place := blueprint.places.get(f"{stack}.embeddings.out")) is not None
-        if place.module is slot.module
-    ]
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
