@@ -243,6 +243,8 @@ class Column:
             path = self.facts.layers[0].call.path
             own = masks.of_layers(self.scene.model, self.scene.inputs, module, str(usual["mask"]), path)
             found |= {"mask": None, "layer_mask": own} if own else {}
+        if "positions" in found:
+            found["positions"] = self._positions(module, {str(v) for v in found.values()})
         # what is called as usual may be there for other models of the type
         aligned = [] if ids is not None else [name for name in _ALIGNED if name in taken]
         known = {str(found.get(word, name)) for word, name in usual.items()}
@@ -252,6 +254,23 @@ class Column:
             if name not in {*known, *aligned}
         ]
         return found | ({"aligned": aligned} if aligned else {})
+
+    def _positions(self, module: nn.Module, known: set[str]) -> str | None:
+        """The argument whose numbers (B, T) count the tokens of each row, and change what the layers make."""
+        path = self.facts.layers[0].call.path
+        tokens = self.scene.graph.nodes[self.facts.entering].shape[:2]
+        for name, value in self._given(module).items():
+            if name in known or value.is_floating_point() or tuple(value.shape) != tokens or tokens[1] < 3:
+                continue
+            if float((value.diff(dim=1) == 1).double().mean()) <= 0.5:
+                continue  # packed texts begin anew
+            before, after = (
+                masks.made(self.scene.model, self.scene.inputs, module, {name: numbers}, path)
+                for numbers in (value, value.flip(1))
+            )
+            if before is not None and after is not None and not torch.equal(before, after):
+                return name
+        return None
 
     def _filler(self, table: str | None, others: Iterable[Column]) -> int | None:
         """An id that makes room for prompts, where more depends on the number of ids than a mask (B, T)."""

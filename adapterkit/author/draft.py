@@ -90,11 +90,18 @@ def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) 
     scene = Scene(model, inputs, observe(model, inputs))
     found = columns(scene, notes)
     if not found:
-        facts = f"{len(scene.seen.attentions)} computations of attention, none in a list of layers"
+        cores = listing([event.core.path or "the model" for event in scene.seen.attentions], 3)
+        facts = f"a member of a list that is called and adds to what it is given; attention is in {cores}"
         message = f"no column of layers with attention was seen in {type(model).__name__}"
-        raise ResolveError(Problem("nothing-to-draft", message, expected=facts))
+        hint = (
+            "write the residual adds of a loop over pairs of modules into the forward of one module a layer"
+        )
+        raise ResolveError(Problem("nothing-to-draft", message, expected=facts, hint=hint))
     data = _head(model)
     data["stacks"] = {column.name: column.words(found) for column in found}
+    for path in _elsewhere(scene, found):
+        text = f"attention in {path} is in none of these layers: nothing is said of it"
+        notes.remark(("stacks",), text)
     lacking = unsupported(found)
     if "model_type" not in data:
         heads = [path for column in found for path in column.heads(found)]
@@ -112,6 +119,14 @@ def of_model(model: nn.Module, inputs: Mapping[str, Any], *, like: bool = True) 
             ("like",), "it is known already" if known == name else f"nearest known interface: {name}"
         )
     return Draft(data, notes, model, inputs)
+
+
+def _elsewhere(scene: Scene, found: list[Column]) -> list[str]:
+    """Modules that compute attention outside the layers of all stacks."""
+    layers = [layer.call for column in found for layer in column.facts.layers]
+    events = scene.seen.attentions
+    outside = (e for e in events if not any(c.start <= e.out < c.end for c in layers))
+    return list(dict.fromkeys(event.core.path or "the model" for event in outside))
 
 
 def _doubt(model: nn.Module, inputs: Mapping[str, Any], data: Words, notes: Notes) -> None:

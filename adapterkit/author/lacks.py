@@ -85,6 +85,9 @@ def _no_place(column: Column, every: list[Column]) -> str:
     )
     if any(name.startswith(f"{mask}.") for name in given) or len(_shape(graph, given.get(mask))) > 2:
         return "masks of pairs of positions are given to the stack, ready made"
+    tokens = _shape(graph, column.facts.entering)[1]
+    if any(tokens > 1 and _shape(graph, value)[-2:] == (tokens, tokens) for value in given.values()):
+        return "numbers for pairs of positions are given to the stack, ready made"
     if len(_shape(graph, given.get(positions))) > 2:
         return "positions of several axes are given to the stack, and a prompt has none there"
     looked_up = [table for table in _looked_up(column) if table not in graph.closure([column.facts.entering])]

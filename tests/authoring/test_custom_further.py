@@ -16,7 +16,7 @@ from adapterkit.author import meaning
 from adapterkit.author.draft import of_model
 from adapterkit.author.prove import COLUMNS, randomise
 from adapterkit.author.scene import Scene
-from adapterkit.errors import PlanError
+from adapterkit.errors import PlanError, ResolveError
 from adapterkit.model.resolve import resolve
 from adapterkit.testing import prove
 from tests.authoring import mutation
@@ -157,6 +157,80 @@ def test_layers_may_be_members_of_a_map() -> None:
     model, _ = further.banks()
     kit = ak.attach(model, "lora[targets=[v]]", interface=_file("banks"))
     assert [slot.path for slot in kit["default"].plan.slots] == ["layers.0.attn.qkv", "layers.1.attn.qkv"]
+
+
+class Told(models.Rotary):
+    """Told where its tokens stand, and what each may see."""
+
+    def forward(self, ids: Any, where: Any, pairs: Any = None) -> Any:  # type: ignore[override]
+        mask = torch.ones(2 * (ids.shape[1],), dtype=torch.bool).tril()[None] if pairs is None else pairs
+        x = self.tok(ids)
+        for block in self.stack:
+            x = block(x, where, mask[:, None])
+        return self.lm_head(self.final(x))
+
+
+def _told() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    where = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 0, 1, 2]])
+    return Told(), {"ids": torch.randint(5, 50, (2, 7)), "where": where}
+
+
+def test_positions_under_any_name_are_those_that_count() -> None:
+    model, inputs = _told()
+    for block in model.stack:  # type: ignore[union-attr]
+        block.attn.num_key_value_heads = 2
+    found = of_model(model, inputs)
+    (stack,) = found.interface.stacks.values()
+    assert (stack.inputs.positions, stack.inputs.filler) == ("where", 1)
+    kit = ak.attach(model, "prompt_tuning[prompt_length=3]", interface=found.interface, seed=0)
+    seen: list[Any] = []
+    model.stack[0].register_forward_pre_hook(lambda m, args: seen.append(args[1]))  # type: ignore[union-attr, index]
+    assert model(**inputs).shape == (2, 7, 50) and kit.active == "default"
+    assert seen[0].tolist() == [[*range(10)], [0, 1, 2, 3, 4, 5, 6, 3, 4, 5]]
+
+
+def test_a_ready_made_mask_of_pairs_leaves_no_place_for_a_prompt() -> None:
+    model, inputs = _told()
+    pairs = torch.ones(2, 7, 7, dtype=torch.bool).tril()
+    found = of_model(model, {**inputs, "pairs": pairs})
+    assert found.data["unsupported"] == {
+        "prompt_tuning": "numbers for pairs of positions are given to the stack, ready made"
+    }
+
+
+def test_a_loop_over_pairs_of_modules_has_no_layers_and_a_hint() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            pairs = (nn.ModuleList([nn.LayerNorm(32), further.Joint(32, 4)]) for _ in range(2))
+            self.words, self.pairs = nn.Embedding(50, 32), nn.ModuleList(pairs)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.words(ids)
+            for norm, fn in self.pairs:  # type: ignore[attr-defined, misc]
+                x = x + fn(norm(x))
+            return x
+
+    with pytest.raises(ResolveError) as caught:
+        of_model(Loop(), {"ids": torch.arange(14).view(2, 7)})
+    (problem,) = caught.value.problems
+    assert problem.code == "nothing-to-draft" and "pairs.0.1, pairs.1.1" in problem.expected
+    assert "forward of one module a layer" in problem.hint
+
+
+def test_attention_outside_the_layers_is_told() -> None:
+    class Behind(further.Scaled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = further.Joint(32, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.blocks(self.norm_pre(self.drop(self.patches(x))))
+            return self.head(self.norm(self.last(x)))
+
+    found = of_model(Behind(), {"x": torch.randn(2, 3, 8, 8)})
+    assert "attention in last is in none of these layers: nothing is said of it" in found.text
 
 
 # ------------------------------------------------------------------------------------------- patched by hand
