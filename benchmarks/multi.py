@@ -55,7 +55,9 @@ def bare(size: str) -> LlamaModel:
 
 def with_adapterkit(model: nn.Module, number: int, targets: str) -> ak.Kit:
     for index in range(number):
-        kit = ak.attach(model, TARGETS[targets][0], name=f"a{index}", seed=index, activate=False)
+        kit = ak.attach(
+            model, TARGETS[targets][0], name=f"a{index}", seed=index, activate=False, trainable=False
+        )
         fill(kit[f"a{index}"].parameters(), index)
     return kit
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from adapterkit.methods.flow import AGAIN
 from adapterkit.runtime import Runtime
 
 KEY = "adapterkit_again"
@@ -25,7 +26,7 @@ class Again:
         override = runtime.override
         self.programs = runtime.programs if override.programs is None else override.programs
         self.choice = override.rows, override.tasks
-        self.flow = dict(override.flow)
+        self.flow = {**override.flow, AGAIN: True}
         self.has_run = False
 
     def run(self, runtime: Runtime, call: Callable[[], Any]) -> Any:

@@ -60,7 +60,10 @@ def grouped(step: Lanes, out: T, x: Any, site: Any, index: Callable[[], tuple[T,
 
 
 def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
-    """Stacked weights: made anew where they are trained or compiled, else kept while they are the same."""
+    """Stacked weights: made anew where they can be trained or are compiled, else kept while unchanged.
+
+    Optimisers and averages of weights may write unseen, through `data`: never to what is frozen.
+    """
     compiling = torch.compiler.is_compiling()
     known = None if compiling else _known(site, step)
     if known is not None:
@@ -75,10 +78,9 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
     if compiling:
         return real[0], lora_lanes.stack(units)
     if _trained(real) or any([unit.A.is_inference() or unit.B.is_inference() for unit in real]):
-        # what writes to weights unseen, through their `data`, does so in training; to tensors of
-        # inference mode all does
+        # to tensors of inference mode all is written unseen
         site.stacked.clear()
-        return real[0], lora_lanes.stack(units)
+        return real[0], lora_lanes.stack(units, looked_at=not torch.is_grad_enabled())
     with torch.inference_mode(False), torch.no_grad():
         made = lora_lanes.stack(units, looked_at=True)
     if len(site.stacked) >= _KEPT:
@@ -107,7 +109,7 @@ def _unit(modules: Any, lane: Any) -> Any:
 
 
 def _trained(units: list[Any]) -> bool:
-    return torch.is_grad_enabled() and any([t.requires_grad for unit in units for t in (unit.A, unit.B)])
+    return any([t.requires_grad for unit in units for t in (unit.A, unit.B)])
 
 
 def _state(parameters: list[Any]) -> list[int]:

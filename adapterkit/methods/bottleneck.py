@@ -18,11 +18,13 @@ from adapterkit.methods.flow import (
     Capture,
     Flow,
     Result,
+    apart,
     base_forward,
     called_alone,
     first,
     flow_of,
     number,
+    runs_again,
     with_first,
 )
 from adapterkit.methods.lora import Gate
@@ -308,7 +310,10 @@ class Bottleneck(Unmergeable):
         """The residual x of the branch h, as the options say; h itself where nothing reads it."""
         if not self.config.needs_residual:
             return h
-        found: torch.Tensor = flow[f"{self.branch}~" if self.config.residual == "input" else self.branch]
+        place = f"{self.branch}~" if self.config.residual == "input" else self.branch
+        if place not in flow and runs_again():
+            raise apart(self.branch)
+        found: torch.Tensor = flow[place]
         found = found if self.beside is None else found + flow[self.beside]
         # some branches list the tokens of all examples: (B T, D)
         is_flat = h.ndim == 2 and found.ndim == 3 and h.shape[0] == found.shape[0] * found.shape[1]

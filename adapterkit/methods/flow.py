@@ -30,6 +30,33 @@ def flow_of(host: nn.Module) -> Flow:
     return flow
 
 
+AGAIN = "#again"
+"""In the flow: a layer runs again in backward, with the flow of its own pass."""
+
+
+def runs_again() -> bool:
+    """Whether a part of the model is called in backward: it was checkpointed. Graphs never are."""
+    return not torch.compiler.is_compiling() and task() != -1
+
+
+def task() -> int:
+    """Number of the backward pass that this is called in, -1: none."""
+    return int(torch._C._current_graph_task_id())
+
+
+def apart(where: str) -> PlanError:
+    """The error for what runs again in backward, but not with what was around it."""
+    message = "a part of the model runs again in backward that was checkpointed without what was around it"
+    expected = "model.gradient_checkpointing_enable(), or the whole model checkpointed"
+    return PlanError(Problem("checkpointed-apart", message, where, expected))
+
+
+def record_of(runtime: Any) -> Any:
+    """Where this thread keeps what its passes say, None where nobody asks. What runs again has said it."""
+    record = runtime.override.record
+    return None if record is None or runs_again() else record
+
+
 def first(out: Any) -> torch.Tensor:
     """The tensor that a module gives to the stream: its first output."""
     found: torch.Tensor = out[0] if isinstance(out, tuple | list) else out

@@ -13,7 +13,7 @@ from torch import nn
 from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods.base import Helper, MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.bottleneck import Bottleneck
-from adapterkit.methods.flow import Flow, flow_of
+from adapterkit.methods.flow import Flow, flow_of, record_of
 from adapterkit.methods.lora import add_rows
 from adapterkit.methods.targets import Selection
 from adapterkit.methods.weights import is_plain
@@ -150,7 +150,7 @@ class Fusion(Unmergeable):
         if self.training and config.dropout:
             scores = F.dropout(scores, config.dropout)
         weights = F.softmax(scores / config.temperature, dim=-1)
-        record = site.runtime.override.record
+        record = record_of(site.runtime)
         if record is not None:
             record.fusion.setdefault(self.address, []).append(weights.detach())
         summed: torch.Tensor = (weights.unsqueeze(-2) @ v).squeeze(-2)

@@ -13,6 +13,7 @@ from torch import nn
 
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.methods.base import Shared, SlotConfig, Unit, per_slot
+from adapterkit.methods.flow import record_of
 from adapterkit.methods.weights import in_rows, is_plain, joinable, readable
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
@@ -274,7 +275,7 @@ class Gate(nn.Module):
             x = x.to(self.weight.dtype)
         scores = torch.sigmoid(F.linear(x, self.weight, self.bias))
         gate = scores.mean(dim=1, keepdim=True) if scores.ndim > 2 else scores
-        record = None if self.runtime is None else self.runtime.override.record
+        record = None if self.runtime is None else record_of(self.runtime)
         if record is not None:
             record.gates.setdefault(self.label, []).append(gate.detach().flatten())
         return gate

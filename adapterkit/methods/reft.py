@@ -15,7 +15,9 @@ from adapterkit.errors import ConfigError, PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import Helper, Layers, MethodConfig, Shared, Unit, Unmergeable
 from adapterkit.methods.flow import (
+    AGAIN,
     Flow,
+    apart,
     can_look,
     entry_place,
     first,
@@ -23,6 +25,8 @@ from adapterkit.methods.flow import (
     given_arguments,
     past_of,
     refuse_packed,
+    runs_again,
+    task,
     with_first,
 )
 from adapterkit.methods.targets import Selection, chosen_layers, reached
@@ -176,6 +180,9 @@ class Entered(nn.Module):
         flow.pop(f"{self.stack}.late", None)
         if (late := _late(mask, past)) is not None:
             flow[f"{self.stack}.late"] = late
+        flow.pop(f"{self.stack}.task", None)
+        if runs_again():
+            flow[f"{self.stack}.task"] = task()
         return args, kwargs
 
 
@@ -250,6 +257,8 @@ class ReFT(Unmergeable):
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
         flow = flow_of(host)
+        if runs_again() and AGAIN not in flow and flow.get(f"{self.stack}.task") != task():
+            raise apart(self.stack)
         h = first(out)
         config, length = self.config, h.shape[1]
         if flow.get(f"{self.stack}.past"):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import checkpoint as again
 
 import adapterkit as ak
 from tests.laws.matrix import randomise
@@ -294,3 +301,55 @@ def test_what_is_recorded_is_so_once(reentrant: bool) -> None:
         for _ in range(3):
             model(**given).loss.backward()
     assert {len(passes) for passes in record.gates.values()} == {3}
+
+
+# -- what users checkpoint by themselves
+
+
+def by_layer(model: nn.Module, reentrant: bool) -> None:
+    impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=lambda module: checkpoint_wrapper(module, checkpoint_impl=impl),
+        check_fn=lambda module: module in model.encoder.layer,
+    )
+
+
+def by_hand(model: nn.Module, reentrant: bool) -> None:
+    for layer in model.encoder.layer:
+        own = layer.output.forward
+        layer.output.forward = lambda *args, own=own: again(own, *args, use_reentrant=reentrant)
+
+
+def whole(model: nn.Module, given: dict[str, torch.Tensor], reentrant: bool) -> torch.Tensor:
+    marked = torch.zeros((), requires_grad=True)  # reentrant: something that requires a gradient
+    run = lambda _, *values: model(**dict(zip(given, values, strict=True))).last_hidden_state.sin().sum()  # noqa: E731
+    return again(run, marked, *given.values(), use_reentrant=reentrant)
+
+
+@reentrant
+@pytest.mark.parametrize(
+    "method, checkpointed", [("loreft", by_layer), ("seq_bn", by_hand)], ids=["a layer", "a part of one"]
+)
+def test_parts_that_a_user_checkpoints_are_refused(
+    method: str, checkpointed: Callable[[nn.Module, bool], None], reentrant: bool
+) -> None:
+    """Positions were those of the last batch of the thread, and in a thread of autograd those of no mask."""
+    kit, given = moved("bert", "BertModel", method), passes("bert", "BertModel")
+    checkpointed(kit.model, reentrant)
+    kit.model.embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    total = of_both(kit.model, given)
+    with pytest.raises(ak.errors.PlanError) as error:
+        total.backward()
+    assert error.value.code == "checkpointed-apart"
+
+
+@reentrant
+@pytest.mark.parametrize("method", FLOW)
+def test_the_whole_model_checkpointed_by_a_user(method: str, reentrant: bool) -> None:
+    """It is entered again in backward, and so has its own masks and residuals."""
+    kit, given = moved("bert", "BertModel", method), passes("bert", "BertModel")
+    total = sum((kit.model(**inputs).last_hidden_state.sin().sum() for inputs in given), torch.zeros(()))
+    expected = grown(kit, total)
+    total = sum((whole(kit.model, inputs, reentrant) for inputs in given), torch.zeros(()))
+    assert_gradients(grown(kit, total), expected)

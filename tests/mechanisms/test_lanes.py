@@ -63,7 +63,9 @@ def fresh(kit: ak.Kit, row: str = "bert", dtype: torch.dtype = torch.float32) ->
     return other
 
 
-@pytest.mark.parametrize("change", ["step", "data", "load", "double", "deepcopy", "pickle", "swap", "train"])
+@pytest.mark.parametrize(
+    "change", ["average", "step", "data", "load", "double", "deepcopy", "pickle", "swap", "train"]
+)
 def test_kept_weights_are_those_of_the_adapters(change: str) -> None:
     """Stacked weights are kept between passes; whatever changes an adapter changes them."""
     _, kit, given = scene()
@@ -73,7 +75,10 @@ def test_kept_weights_are_those_of_the_adapters(change: str) -> None:
     assert torch.equal(under(kit, given, setup, rows), before[0])
     own = list(kit["a"].parameters()) + list(kit["b"].parameters())
     dtype = torch.float32
-    if change in ("step", "data", "train"):
+    if change == "average":
+        for tensor in own:  # averages of weights that are put in to be evaluated, without a step between
+            tensor.data.add_(0.1)
+    elif change in ("step", "data", "train"):
         kit.activate("a")
         kit.model.train(change == "train")
         with kit.using(ak.Parallel("a", "b")):
