@@ -87,6 +87,10 @@ def _ids(trial: Trial, name: str) -> None:
     table = seen.place("embeddings.table")
     if _is_given_embedded(trial):
         return
+    other = _looked_up_with(trial)
+    if given is None and other is not None:
+        seen.refute(trial.loc("ids"), text, f"the table is called with {other!r}")
+        return
     if given is None or table is None:
         seen.unseen(trial.loc("ids"), text)
         return

@@ -154,6 +154,9 @@ def read_mask(trial: Trial, takes: set[str]) -> None:
         return
     text = f"reads.mask: {reads.mask!r} hides states from cross-attention"
     if "mask" not in reads.model_fields_set and reads.mask not in takes:
+        other = _other_read_mask(trial, reads.states) if reads.states is not None else None
+        if other is not None:
+            seen.refute(loc, text, f"{other[0]!r} does", _say(*other))
         without(trial, ("reads",), reads.mask_hides)
         return
     if reads.mask not in takes:

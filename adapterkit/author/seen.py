@@ -71,7 +71,7 @@ class Seen:
 
     def calls(self) -> list[Call]:
         """Calls of layers, in order of time."""
-        return sorted((call for _, _, calls in self.layers() for call in calls), key=lambda call: call.index)
+        return sorted({call for _, _, calls in self.layers() for call in calls}, key=lambda call: call.index)
 
     # -- claims
 
@@ -123,7 +123,14 @@ def blocks(seen: Seen, index: int, layer: Slot) -> Iterator[Block]:
             for name, found in (*slots.items(), *places.items())
         }
         loc, said = _chosen(seen, word, bound)
+        # a layer that stands in a list several times is observed under its first path
+        slots, places = ({name: _first(seen, one) for name, one in held.items()} for held in (slots, places))
         yield Block(word, loc, said, slots, places, seen.blueprint.without.get(start[:-1], {}))
+
+
+def _first(seen: Seen, slot: Slot) -> Slot:
+    path = seen.graph.paths.get(slot.path, slot.path)
+    return slot if path == slot.path else slot.moved(path=path)
 
 
 def _chosen(seen: Seen, word: str, bound: set[tuple[str, str]]) -> tuple[Loc, Sublayer | None]:

@@ -323,7 +323,8 @@ def _reads(seen: Seen, facts: tuple[LayerFacts, ...]) -> None:
         text, right = "reads.states: cross-attention reads no argument of the entry", not names
     else:
         text = f"reads.states: cross-attention reads argument {reads.states!r} of the entry"
-        right = entry.argument(reads.states) in behind
+        given = entry.argument(reads.states)
+        right = given in behind and given is not None and graph.nodes[given].floating
     seen.judge(right, (*loc, "states"), text, f"it reads {', '.join(names) or 'no argument of it'}")
     text = f"reads.stack: the states are those of {reads.stack!r}"
     named = [a for a in made if a == _sibling(seen, reads.stack) or a.startswith(f"{reads.stack}/")]

@@ -108,6 +108,40 @@ def test_a_wrong_claim_is_refuted(name: str, said: str, instead: str, address: s
     assert found.code == "refuted" and observed in found.expected
 
 
+@pytest.mark.parametrize(
+    ("said", "instead", "address"),
+    [
+        (
+            "inputs: {ids: ids, embeds: embedded, mask: keep}",
+            "inputs: {ids: keep, embeds: null}",
+            "inputs.ids",
+        ),
+        ("states: memory, mask: memory_keep", "states: memory_keep, mask: memory", "reads.states"),
+        ("states: memory, mask: memory_keep", "states: memory", "reads.mask"),
+    ],
+)
+def test_a_wrong_claim_about_what_a_stack_is_given_is_refuted(said: str, instead: str, address: str) -> None:
+    def make() -> further.Made:
+        model, inputs = models.pair()
+        return model, inputs
+
+    report = ak.check(_changed("pair", said, instead), make, methods=["lora"])
+    assert any(p.code == "refuted" and p.address.endswith(address) for p in report.problems)
+
+
+def test_ids_are_what_the_table_is_called_with() -> None:
+    class Optional(further.Banks):
+        def forward(self, tokens: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(tokens)
+
+    def make() -> further.Made:
+        return Optional(), further.banks()[1]
+
+    report = ak.check(_changed("banks", "ids: tokens", "ids: keep"), make, methods=["lora"])
+    found = {p.address: p.expected for p in report.problems}
+    assert found["stacks.decoder.inputs.ids"] == "the table is called with 'tokens'"
+
+
 def test_a_norm_in_a_head_is_none_of_the_stack() -> None:
     report = ak.check(_file("denoiser"), further.denoiser, methods=["lora"])
     assert report.problems == ()
@@ -261,6 +295,30 @@ def test_a_prompt_before_layers_whose_mask_has_an_axis_of_queries() -> None:
         x = block(x, torch.nn.functional.pad(inputs["mask"], (3, 0), value=True))
     wanted = plain.follows(x[:, 3]), plain.words(x[:, 3:])  # type: ignore[operator]
     torch.testing.assert_close(model(**inputs), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_stand_in_their_list_twice() -> None:
+    class Twice(further.Classic):
+        def __init__(self) -> None:
+            super().__init__()
+            one, two = self.blocks
+            self.blocks, self.last = nn.ModuleList([one, one, two, two]), nn.LayerNorm(32)
+
+        def forward(self, seq: Any, seg: Any, mask: Any) -> Any:
+            x = self.pieces(seq, seg)
+            for block in self.blocks:
+                x = block(x, mask)
+            return self.follows(self.last(x)[:, 0])
+
+    def make() -> further.Made:
+        _, inputs = further.classic()
+        return Twice(), inputs
+
+    text = _text("classic").replace("    layers: blocks\n", "    layers: blocks\n    final_norm: last\n")
+    spec = ak.Interface.load(yaml.safe_load(text.replace("heads: [follows, words]", "heads: [follows]")))
+    report = ak.check(spec, make, methods=["lora", "bottleneck", "reft"])
+    assert [str(problem) for problem in report.problems] == []
+    assert {verdict.state for verdict in report.methods} == {"proved"}
 
 
 def test_a_mask_of_pairs_has_no_room_for_a_prompt() -> None:
