@@ -63,6 +63,11 @@ def _route(forward: Callable[..., Any], eager: str | None) -> Route | None:
     names = set(_names(code)) if code is not None else set()
     if "_attn_implementation" not in names or "config" not in names:
         return None
+    constants = () if code is None else code.co_consts
+    if any(set(words) <= {*IMPLEMENTATIONS} for words in constants if isinstance(words, tuple) and words):
+        return (
+            None  # it does more under some of the names, which ours is none of: the choice of a sparse mask
+        )
     found = {name: function.__globals__[name] for name in names if name in function.__globals__}
     interfaces = [value for value in found.values() if hasattr(value, "get_interface")]
     eagers = [found[name] for name in found if (name == eager if eager else name.endswith(_EAGER))]
