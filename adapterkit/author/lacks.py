@@ -86,7 +86,8 @@ def _no_place(column: Column, every: list[Column]) -> str:
     if any(name.startswith(f"{mask}.") for name in given) or len(_shape(graph, given.get(mask))) > 2:
         return "masks of pairs of positions are given to the stack, ready made"
     tokens = _shape(graph, column.facts.entering)[1]
-    if any(tokens > 1 and _shape(graph, value)[-2:] == (tokens, tokens) for value in given.values()):
+    pairs = [name for name, value in given.items() if _shape(graph, value)[-2:] == (tokens, tokens)]
+    if pairs and tokens > 1 and column.inputs.get("ids", "") is not None:  # images may be as wide
         return "numbers for pairs of positions are given to the stack, ready made"
     if len(_shape(graph, given.get(positions))) > 2:
         return "positions of several axes are given to the stack, and a prompt has none there"

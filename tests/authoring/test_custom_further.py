@@ -233,6 +233,16 @@ def test_a_ready_made_mask_of_pairs_leaves_no_place_for_a_prompt() -> None:
     }
 
 
+def test_an_image_as_wide_as_there_are_patches_is_no_mask_of_pairs() -> None:
+    torch.manual_seed(0)
+    model, inputs = further.denoiser()
+    model.patches.proj = nn.Conv2d(3, 32, 4, 4)  # type: ignore[union-attr]
+    found = of_model(model, {**inputs, "image": torch.randn(2, 3, 16, 16)})
+    assert found.data["unsupported"] == {
+        "prompt_tuning": "a number of each position is added behind the embeddings, and none of a prompt"
+    }
+
+
 def test_a_loop_over_pairs_of_modules_has_no_layers_and_a_hint() -> None:
     class Loop(nn.Module):
         def __init__(self) -> None:
