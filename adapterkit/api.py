@@ -51,6 +51,19 @@ def of(model: nn.Module) -> Kit:
     return kit
 
 
+def _refuse_replicated(model: nn.Module) -> None:
+    """Refuse an adapter to be trained in a model that DDP has: gradients of what comes later stay apart.
+
+    Raises: PlanError.
+    """
+    while isinstance(model, nn.Module) and ATTRIBUTE not in model.__dict__:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            message = "DistributedDataParallel keeps equal in all processes what it found when it was made"
+            expected = "attach first, then wrap; trainable=False for what is not trained"
+            raise PlanError(Problem("replicated-before", message, "model", expected))
+        model = model._modules.get("_orig_mod") or model._modules.get("module")  # type: ignore[assignment]
+
+
 def kit_for(model: nn.Module, interface: Any = None) -> Kit:
     """The kit of a model, a new one (not yet marked on the model) if it has none."""
     model = unwrapped(model)
@@ -95,6 +108,8 @@ def attach(
         replace: replace an adapter of the same name.
     Raises: SpecError, ResolveError, ConfigError, PlanError; the model is as before then.
     """
+    if trainable:
+        _refuse_replicated(model)
     return kit_for(model, interface).attach(
         method,
         name=name,
@@ -132,6 +147,8 @@ def load(
     Raises: FileFormatError: unknown or missing tensors, other shapes, a newer format, a head that does not
         fit; the model is as before then.
     """
+    if trainable:
+        _refuse_replicated(model)
     interface = reader.interface_for(source, interface, revision, local_files_only)
     return kit_for(model, interface).load(
         source,

@@ -159,6 +159,8 @@ class Kit(Named):
     ) -> Kit:
         """Put a complete adapter into the model: all of it or nothing."""
         self._refuse_merged("attach")
+        if trainable:
+            self._members.refuse_sharded(plan.slots[0].module)
         old = self._adapters.get(plan.name)
         if old is not None:
             self._members.refuse_used("replace", plan.name)

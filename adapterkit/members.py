@@ -93,6 +93,19 @@ class Members:
             message = f"kit.using({override.active!r}) says what acts in this block"
             raise PlanError(Problem("in-use", message, verb, "the same call after the block"))
 
+    def refuse_sharded(self, host: nn.Module) -> None:
+        """Refuse an adapter to be trained in a model that is sharded already: no group would know it.
+
+        Raises: PlanError.
+        """
+        cls = next((c for c in type(self.model).__mro__ if c.__name__ == "FSDPModule"), None)
+        firsts = (next(module.parameters(), None) for module in (host, self.model))
+        if cls is not None or any(getattr(found, "device_mesh", None) is not None for found in firsts):
+            message = (
+                "the model is sharded: an adapter that comes later would be trained apart in each process"
+            )
+            raise PlanError(Problem("sharded-before", message, expected="attach first, then shard"))
+
     def run(self, programs: Programs) -> None:
         """Let every site run its program."""
         self.runtime.programs = programs

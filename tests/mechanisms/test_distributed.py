@@ -77,6 +77,28 @@ def test_fully_sharded(method: str, tmp_path: Path) -> None:
     assert [each[4] for each in found] == ["wrapped-on-top"] * workers.WORLD
 
 
+def test_adapters_that_come_late(tmp_path: Path) -> None:
+    """Nothing would keep them equal: each process trained its own, without a word."""
+    found = spawn(workers.attached_late, "lora", tmp_path)
+    assert found == [["replicated-before"] * 2 + ["sharded-before"] * 2] * workers.WORLD
+
+
+def test_an_adapter_that_comes_late_and_is_not_trained(tmp_path: Path) -> None:
+    """Refused where it is trained, also by one process; else it needs nobody."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, given = workers.prepared("lora")
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ak.errors.PlanError) as error:
+            ak.attach(wrapped, "lora", name="late")
+        assert error.value.code == "replicated-before" and list(ak.of(model)) == ["a"]
+        ak.attach(wrapped, "lora", name="late", trainable=False)
+        assert ak.of(model).active == "late" and torch.isfinite(wrapped(**given)["loss"])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_shared_tensors_that_are_sharded_with_one_layer(tmp_path: Path) -> None:
     found = spawn(workers.sharded_apart, "vera[r=4]", tmp_path)
     assert found == ["shared-apart"] * workers.WORLD

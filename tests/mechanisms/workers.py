@@ -81,6 +81,26 @@ def data_parallel(rank: int, port: int, directory: str, method: str) -> None:
     finish(rank, directory, (losses, gradients, kit["a"].state_dict(), bare))
 
 
+def attached_late(rank: int, port: int, directory: str, method: str) -> None:
+    """What comes behind the wrapper or the shards, which would be another one in each process."""
+    join(rank, port)
+    codes = []
+    for late in (DistributedDataParallel, shard):
+        model, _ = prepared(method)
+        wrapped = late(model) or model
+        for first in (True, False):
+            if first:
+                bare = tiny.build("bert", CLS).train()
+                wrapped, kept = late(bare) or bare, wrapped
+            try:
+                ak.attach(wrapped, method, name="late", head=False)
+                codes.append("")
+            except ak.errors.PlanError as error:
+                codes.append(error.code)
+            wrapped = kept
+    finish(rank, directory, codes)
+
+
 def shard(model: nn.Module) -> None:
     """Each layer for itself, the rest together."""
     mesh = init_device_mesh("cpu", (WORLD,))
