@@ -65,9 +65,7 @@ def _route(forward: Callable[..., Any], eager: str | None) -> Route | None:
         return None
     constants = () if code is None else code.co_consts
     if any(set(words) <= {*IMPLEMENTATIONS} for words in constants if isinstance(words, tuple) and words):
-        return (
-            None  # it does more under some of the names, which ours is none of: the choice of a sparse mask
-        )
+        return None  # it does more under some names, of which ours is none: the choice of a sparse mask
     found = {name: function.__globals__[name] for name in names if name in function.__globals__}
     interfaces = [value for value in found.values() if hasattr(value, "get_interface")]
     eagers = [found[name] for name in found if (name == eager if eager else name.endswith(_EAGER))]
