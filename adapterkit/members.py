@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from adapterkit import fusing, sharing
@@ -98,6 +99,8 @@ class Members:
 
         Raises: PlanError.
         """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
         cls = next((c for c in type(self.model).__mro__ if c.__name__ == "FSDPModule"), None)
         firsts = (next(module.parameters(), None) for module in (host, self.model))
         if cls is not None or any(getattr(found, "device_mesh", None) is not None for found in firsts):

@@ -142,18 +142,12 @@ def run_again(blueprint: Blueprint, places: Sequence[Slot]) -> list[Helper]:
 
     Setup and flow may be another one's by the time such a layer runs again; its site keeps them.
     """
-    stacks = dict.fromkeys(place.stack for place in places)
-    layers = [
-        blueprint.places[f"{stack}.{index}.layer"]
-        for stack in stacks
-        for index in range(blueprint.stacks[stack].num_layers)
-    ]
-    inside = [f"{place.path}." for place in places]
+    around = dict.fromkeys((place.stack, place.layer) for place in places if place.layer is not None)
+    layers = [blueprint.places[f"{stack}.{index}.layer"] for stack, index in around]
     return [
         Helper(layer, "again", Mark, "around", 0)
         for layer in layers
         if hasattr(layer.module, "gradient_checkpointing")
-        and any(path.startswith(f"{layer.path}.") for path in inside)
     ]
 
 
