@@ -74,10 +74,8 @@ def write_directory(
     for named in tensors.values():
         refuse_away(named)
     _prepare(directory)
-    asked, directory = (
-        directory,
-        directory.resolve(),
-    )  # '.' has no place beside it, a link may be on another disk
+    # '.' has no place beside it, a link may be on another disk
+    asked, directory = directory, directory.resolve()
     for name in (*tensors, *texts):
         if (directory / name).is_dir():
             message = f"holds a directory of the name {name!r}"

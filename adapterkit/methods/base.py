@@ -132,9 +132,7 @@ class Helper(NamedTuple):
 
 
 class Mark(nn.Module):
-    """At a module that is called in a way of its own, one lane at a time or again in backward: does nothing
-    but make it a site.
-    """
+    """Makes a site of a module that is called one lane at a time, or again in backward, and does nothing."""
 
 
 def run_again(blueprint: Blueprint, places: Sequence[Slot]) -> list[Helper]:

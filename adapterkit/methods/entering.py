@@ -141,7 +141,7 @@ class Widen(nn.Module):
         if tokens.ndim != (2 if embeds is None else 3):
             message = f"{tokens.ndim} axes of tokens: a prompt is put into sequences (B, T)"
             raise PlanError(Problem("unfit-input", message, self.stack))
-        refuse_packed(module, given, names, "a prompt")
+        refuse_packed(module, given, names, self.stack, "a prompt")
         past = past_of(given)
         rows, length = tokens.shape[:2]
         count = self.acting.count
@@ -362,24 +362,23 @@ def _like_shown(bools: torch.Tensor, first: Index, count: int, index: Index) -> 
 
 
 class Fits(nn.Module):
-    """At the first layer of a stack that is given no mask of its positions: what it has made is not widened.
+    """At the first layer of a stack whose layers alone have a mask of positions: that is not widened.
 
     Raises: PlanError: the layer gets a mask without the prompt.
     """
 
-    def __init__(self, stack: str) -> None:
+    def __init__(self, stack: str, mask: str) -> None:
         super().__init__()
-        self.stack = stack
+        self.stack, self.mask = stack, mask
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow) -> Call:
         span: Span | None = flow.get(key(self.stack))
         if span is None:
             return args, kwargs
-        before = span.total - span.count
-        for name, value in given_arguments(module, args, kwargs).items():
-            if "mask" in name and isinstance(value, torch.Tensor) and value.shape[-1] == before:
-                message = f"{name!r} of the layers hides positions, but was made without those of the prompt"
-                raise PlanError(Problem("unfit-input", message, self.stack, "inputs without a mask"))
+        mask = given_arguments(module, args, kwargs).get(self.mask)
+        if isinstance(mask, torch.Tensor) and mask.shape[-1] == span.total - span.count:
+            message = f"{self.mask!r} of the layers hides positions, but was made without those of the prompt"
+            raise PlanError(Problem("unfit-input", message, self.stack, "inputs without a mask"))
         return args, kwargs
 
 
@@ -420,7 +419,8 @@ class WidenRead(nn.Module):
         mask, count = given.get(self.mask), self.acting.count
         states = None if self.states is None else given.get(self.states)
         if mask is not None and self._lacks_it(mask.shape[-1] + count, states):
-            index = self.acting.index(_rows(mask, mask.shape[-1], self.mask, "reads"), self.hides)
+            rows = _rows(mask, mask.shape[-1], self.mask, self.acting.stack)
+            index = self.acting.index(rows, self.hides)
             given[self.mask] = widened(mask, count, index, self.hides)
         return (), given
 

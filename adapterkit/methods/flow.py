@@ -201,7 +201,7 @@ def past_of(given: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def refuse_packed(module: nn.Module, given: Mapping[str, Any], inputs: Any, what: str) -> None:
+def refuse_packed(module: nn.Module, given: Mapping[str, Any], inputs: Any, stack: str, what: str) -> None:
     """Refuse several texts in one row, where a method counts the positions of a row as those of one text.
 
     Models with a cache, that are given no mask, see by positions that begin anew where a text ends.
@@ -217,7 +217,7 @@ def refuse_packed(module: nn.Module, given: Mapping[str, Any], inputs: Any, what
             packed = bool((numbers[:, 1:] < numbers[:, :-1]).any())
     if packed:
         message = f"several texts are packed into one row, of which {what} would see the first alone"
-        raise PlanError(Problem("packed", message, expected="one text in each row, with a mask (B, T)"))
+        raise PlanError(Problem("packed", message, stack, "one text in each row, with a mask (B, T)"))
 
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seqlens")

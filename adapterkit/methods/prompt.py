@@ -231,8 +231,8 @@ def _helpers(blueprint: Blueprint, slot: Slot, config: PromptTuningConfig) -> li
         for index in range(info.num_layers):
             make = partial(entering.WidenLayer, stack, info.inputs, acting, index == 0)
             add(places[f"{stack}.{index}.layer"], "widen", make)
-    if slot.role == "out" and info.inputs.ids is None and info.inputs.mask is None:
-        add(places[f"{stack}.0.layer"], "fits", partial(entering.Fits, stack))
+    if info.inputs.layer_mask is not None:
+        add(places[f"{stack}.0.layer"], "fits", partial(entering.Fits, stack, info.inputs.layer_mask))
     for address, place in places.items():
         if place.stack == stack and place.role == "position_bias":
             add(place, _key("bias", address), partial(entering.WidenBias, stack), "output")

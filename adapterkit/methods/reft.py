@@ -167,7 +167,7 @@ class Entered(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module, flow: Flow
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given, names = given_arguments(module, args, kwargs), self.inputs
-        refuse_packed(module, given, names, "ReFT")
+        refuse_packed(module, given, names, self.stack, "ReFT")
         mask = given.get(names.mask) if names.mask else None
         if names.mask_hides and mask is not None:
             mask = mask == 0
