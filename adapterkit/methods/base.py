@@ -124,15 +124,16 @@ class Helper(NamedTuple):
 
     place: Slot
     key: str
-    make: Callable[[], nn.Module]
+    make: Callable[[], Any]
+    """Gives the module; None where there only needs to be a site."""
     acts_on: Literal["input", "output", "entry", "around"]
     phase: int
     of: str = ""
     """Address of the slot without whose unit it does nothing; empty: it looks at what is there."""
 
 
-class Mark(nn.Module):
-    """Makes a site of a module that is called one lane at a time, or again in backward, and does nothing."""
+def no_module() -> None:
+    """What makes a site of a module that is called one lane at a time, or again in backward."""
 
 
 def run_again(blueprint: Blueprint, places: Sequence[Slot]) -> list[Helper]:
@@ -140,10 +141,10 @@ def run_again(blueprint: Blueprint, places: Sequence[Slot]) -> list[Helper]:
 
     Setup and flow may be another one's by the time such a layer runs again; its site keeps them.
     """
-    around = dict.fromkeys((place.stack, place.layer) for place in places if place.layer is not None)
+    around = dict.fromkeys((place.stack, place.layer) for place in places if place.layer)  # 0 is an entry
     layers = [blueprint.places[f"{stack}.{index}.layer"] for stack, index in around]
     return [
-        Helper(layer, "again", Mark, "around", 0)
+        Helper(layer, "again", no_module, "around", 0)
         for layer in layers
         if hasattr(layer.module, "gradient_checkpointing")
     ]
@@ -224,7 +225,7 @@ class SlotConfig(MethodConfig):
 
     def helpers(self, slots: Sequence[Slot], blueprint: Blueprint) -> list[Helper]:
         found = (apart(blueprint, slot) for slot in slots)
-        return [Helper(core, "apart", Mark, "around", 0) for core in found if core is not None]
+        return [Helper(core, "apart", no_module, "around", 0) for core in found if core is not None]
 
 
 class BranchConfig(MethodConfig):

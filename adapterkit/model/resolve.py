@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -312,7 +313,13 @@ def _try_stack(outer: Here, name: str, stack: Stack, root: Found) -> tuple[Stack
 def _arguments(entry: Slot | Found) -> Container[str]:
     """What the class of a module takes, without the adapters that may be there."""
     kind = type(entry.module)
-    return inspect.signature(getattr(kind, "_adapterkit_base", kind).forward).parameters
+    return _parameters(getattr(kind, "_adapterkit_base", kind).forward)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> Container[str]:
+    """Names of what a function takes. Kept: to ask takes longer than to bind a layer."""
+    return inspect.signature(function).parameters
 
 
 def _is_parallel(here: Here, stack: Stack) -> bool:

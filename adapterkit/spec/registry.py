@@ -164,9 +164,9 @@ def by_name(name: str) -> Interface:
 def name_of(interface: Interface) -> str | None:
     """Name under which exactly this interface is known, None for one from elsewhere."""
     registry = _registry()
-    for entry in registry.entries.values():
-        if registry.loaded.get(entry.path) is interface:
-            return entry.name
+    path = next((path for path, found in registry.loaded.items() if found is interface), None)
+    if path is not None:
+        return next((entry.name for entry in registry.entries.values() if entry.path == path), None)
     for model_type in interface.model_type or ():
         if model_type in registry.types and digest(by_name(model_type)) == digest(interface):
             return registry.types[model_type].name

@@ -307,7 +307,8 @@ class Inputs(Model):
     def of(self, takes: Container[str]) -> Inputs:
         """With the names of an entry that takes these arguments."""
         other = {word: name for word, name in self.was.items() if getattr(self, word) not in takes}
-        return self.model_copy(update={word: name for word, name in other.items() if name in takes})
+        changed: dict[str, Any] = {word: name for word, name in other.items() if name in takes}
+        return self.model_copy(update=changed) if changed else self
 
 
 class Reads(Model):
