@@ -18,6 +18,7 @@ _KEPT = 8
 _LAST = "last"
 """In the weights kept at a site: those that were used last, found without looking at all lanes."""
 _VERSION, _PLACE = attrgetter("_version"), torch.Tensor.data_ptr
+_TRAINED = attrgetter("requires_grad")
 ROWS = "#rows.chosen"
 """In the flow: what was made of an index, so that it is made once for all sites."""
 
@@ -68,8 +69,7 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
     known = None if compiling else _known(site, step)
     if known is not None:
         first = known.units[0]
-        trained = _trained(known.units)
-        if not trained and not (known.dropout and first.training) and _state(known.parameters) == known.state:
+        if not (known.dropout and first.training) and _state(known.parameters) == known.state:
             return first, known.stacked
     units = [_unit(site._modules, lane) for lane in step.lanes]
     real: list[Any] = [unit for unit in units if unit is not None]
@@ -113,11 +113,11 @@ def _trained(units: list[Any]) -> bool:
 
 
 def _state(parameters: list[Any]) -> list[int]:
-    """Changes whenever the weights of units do: a tensor that is moved keeps its version, one that is written
-    to keeps its place.
+    """Changes whenever the weights of units do, or can: a tensor that is moved keeps its version, one that is
+    written to keeps its place, and one that is to be trained again keeps both.
     """
     tensors = [own["A"] for own in parameters] + [own["B"] for own in parameters]
-    return [*map(_VERSION, tensors), *map(_PLACE, tensors)]
+    return [*map(_VERSION, tensors), *map(_PLACE, tensors), *map(_TRAINED, tensors)]
 
 
 def _rows(site: Any, index: T, each: int, stacked: Stacked) -> Rows:
