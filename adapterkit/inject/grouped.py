@@ -121,7 +121,7 @@ def _state(parameters: list[Any]) -> list[int]:
 
 
 def _rows(site: Any, index: T, each: int, stacked: Stacked) -> Rows:
-    lanes, _, rank = stacked.lanes_a.shape
+    lanes, rank, _ = stacked.lanes_a.shape
     if torch.compiler.is_compiling():
         return _rows_of(index, each, stacked)
     flow, sort = site.runtime.override.flow, (each, lanes, rank)

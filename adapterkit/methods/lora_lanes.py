@@ -12,16 +12,18 @@ from torch import nn
 from adapterkit.methods.lora import LoRA, add_rows
 
 T = torch.Tensor
-WIDE_TOKENS, WIDE_RANKS = 2, 32
-"""Up to so many tokens for each example, or ranks of all lanes together, all lanes at once cost less than the
-matrices of each example."""
+WIDE = 64
+"""Up to so many tokens of an example times ranks of all lanes, all lanes at once cost less than the matrices
+of each example."""
+MANY_ROWS = 16
+"""From so many rows on, a product with few rows is faster than one with few columns."""
 
 
 class Stacked(NamedTuple):
     """Matrices of N lanes, and of one more that does nothing; shorter ranks are filled up with zeros.
 
     b holds the scale. The other fields are views of a and b.
-    Shapes: a (N + 1, D_in, R), b (N + 1, R, D_out); lanes_a (N, D_in, R), lanes_b (N, R, D_out); wide_a
+    Shapes: a (N + 1, R, D_in), b (N + 1, R, D_out); lanes_a (N, R, D_in), lanes_b (N, R, D_out); wide_a
     (N R, D_in), wide_b (N R, D_out).
     """
 
@@ -47,7 +49,7 @@ class Rows(NamedTuple):
 
 def rows_of(index: T, stacked: Stacked) -> Rows:
     """From indices (B,) with -1 for none."""
-    lanes, _, rank = stacked.lanes_a.shape
+    lanes, rank, _ = stacked.lanes_a.shape
     others = index[:, None] != torch.arange(lanes, device=index.device).repeat_interleave(rank)
     return Rows(torch.where(index < 0, lanes, index), others[:, None])
 
@@ -83,9 +85,8 @@ def stack(units: Sequence[Any], looked_at: bool = False) -> Stacked:
     found = [none if unit is None else _filled(unit, rank) for unit in units]
     n = len(units)
     a, b = torch.stack([a for a, _ in (*found, none)]), torch.stack([b for _, b in (*found, none)])
-    turned = a.transpose(1, 2)
     finite = not looked_at or b.is_meta or bool(torch.isfinite(b).all())
-    return Stacked(turned, b, turned[:n], b[:n], a[:n].flatten(0, 1), b[:n].flatten(0, 1), finite)
+    return Stacked(a, b, a[:n], b[:n], a[:n].flatten(0, 1), b[:n].flatten(0, 1), finite)
 
 
 def _filled(unit: LoRA, rank: int) -> tuple[T, T]:
@@ -96,10 +97,17 @@ def _filled(unit: LoRA, rank: int) -> tuple[T, T]:
     return (F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, 0, 0, missing))) if missing else (a, b)
 
 
+def _lowered(x: T, a: T) -> T:
+    """A x, matrix by matrix. Shapes: x (N, M, D_in), a (N, R, D_in) -> (N, M, R)."""
+    if x.shape[1] < MANY_ROWS:
+        return torch.bmm(x, a.transpose(1, 2))
+    return torch.bmm(a, x.transpose(1, 2)).transpose(1, 2)
+
+
 def equal(out: T, x: T, unit: LoRA, stacked: Stacked) -> T:
     """Lanes that have the same number of examples each, one after another. Shapes: out (N B, ..., D_out)."""
     n = stacked.lanes_a.shape[0]
-    low = torch.bmm(x.reshape(n, -1, x.shape[-1]), stacked.lanes_a)
+    low = _lowered(x.reshape(n, -1, x.shape[-1]), stacked.lanes_a)
     if unit.rows is None and out.is_contiguous() and out.dtype == low.dtype:
         out.view(n, -1, out.shape[-1]).baddbmm_(low, stacked.lanes_b)
         return out
@@ -111,8 +119,7 @@ def chosen(out: T, x: T, unit: LoRA, stacked: Stacked, rows: Rows) -> T:
     """Examples that take any lane or none. Shapes: out (B, ..., D_out), x (B, ..., D_in)."""
     count, width = x.shape[0], x.shape[-1]
     fresh = unit.rows is None and out.is_contiguous() and out.dtype == x.dtype
-    few = x.numel() <= WIDE_TOKENS * count * width or stacked.wide_a.shape[0] <= WIDE_RANKS
-    if few and stacked.finite:
+    if x.numel() * stacked.wide_a.shape[0] <= WIDE * count * width and stacked.finite:
         # filled, not multiplied: what overflows in another lane is no business of this one
         wide = F.linear(x.reshape(count, -1, width), stacked.wide_a).masked_fill(rows.others, 0)
         wide = wide.view(-1, wide.shape[-1])
@@ -120,7 +127,7 @@ def chosen(out: T, x: T, unit: LoRA, stacked: Stacked, rows: Rows) -> T:
             out.view(-1, out.shape[-1]).addmm_(wide, stacked.wide_b)
             return out
         return add_rows(out, (wide @ stacked.wide_b).view(*x.shape[:-1], -1), unit.rows, unit.in_place)
-    low = torch.bmm(x.reshape(count, -1, width), stacked.a.index_select(0, rows.lane))
+    low = _lowered(x.reshape(count, -1, width), stacked.a.index_select(0, rows.lane))
     b = stacked.b.index_select(0, rows.lane)
     if fresh:
         out.view(count, -1, out.shape[-1]).baddbmm_(low, b)
