@@ -141,15 +141,16 @@ def load(
     Args:
         source: a directory, a checkpoint directory of the model, or a hub id.
         name: of the adapter here; default: the one in the file.
-        interface, activate, trainable, head: as for `attach`.
+        interface: as for `attach`. By hand it says also of a model of another type that the file fits it.
+        activate, trainable, head: as for `attach`.
         revision, local_files_only: for hub ids.
         allow_bin: read torch files too, with `weights_only=True`.
     Raises: FileFormatError: unknown or missing tensors, other shapes, a newer format, a head that does not
-        fit; the model is as before then.
+        fit, a model of another family; the model is as before then.
     """
     if trainable:
         _refuse_replicated(model)
-    interface = reader.interface_for(source, interface, revision, local_files_only)
+    interface = reader.interface_for(source, interface, revision, local_files_only, unwrapped(model))
     return kit_for(model, interface).load(
         source,
         name=name,

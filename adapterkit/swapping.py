@@ -8,6 +8,7 @@ import torch
 
 from adapterkit.adapter import Adapter
 from adapterkit.errors import FileFormatError, PlanError, Problem
+from adapterkit.files import kinship
 from adapterkit.files.assemble import compare, other_types
 from adapterkit.files.content import Content
 from adapterkit.methods.targets import Selection
@@ -24,6 +25,7 @@ def swap(adapter: Adapter, content: Content, blueprint: Blueprint) -> None:
 
     Raises: FileFormatError: with everything that differs; nothing is changed then.
     """
+    kinship.check(content.facts, content.addresses or (), blueprint, content.source)
     own = {**dict(adapter.named_parameters()), **_buffers(adapter)}
     given = dict(content.tensors)
     for path, tensors in content.heads.items():

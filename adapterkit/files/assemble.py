@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
+from adapterkit.files import kinship
 from adapterkit.files.content import Content
 from adapterkit.inject.injector import copy_head, device_of
 from adapterkit.methods.targets import Selection
@@ -32,6 +33,7 @@ def assemble(blueprint: Blueprint, content: Content, name: str, head: bool | str
 
     Raises: FileFormatError, PlanError: with everything that does not fit.
     """
+    kinship.check(content.facts, content.addresses or (), blueprint, content.source)
     chosen = choose(blueprint, content.config, strict=False).slots if content.addresses is None else None
     own = chosen or slots(blueprint, content)
     with torch.device("meta"):

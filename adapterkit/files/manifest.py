@@ -10,6 +10,7 @@ import torch
 from pydantic_core import to_json
 
 from adapterkit.errors import FileFormatError, Problem, did_you_mean
+from adapterkit.files import kinship
 from adapterkit.inject.state import from_buffer, to_buffer
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.planning import Plan
@@ -30,8 +31,7 @@ def describe(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:
         "name": plan.name,
         "config": plan.config.to_dict(),
         "interface": {
-            "name": blueprint.interface_name,
-            "hash": registry.digest(spec),
+            **kinship.describe(blueprint),
             "spec": None if shipped else registry.dump(spec),
         },
         "slots": {slot.address: list(slot.shape or ()) for slot in plan.slots},

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from adapterkit.errors import FileFormatError, Problem, listing
-from adapterkit.files import adapterhub, manifest, native, peft, setups
+from adapterkit.files import adapterhub, kinship, manifest, native, peft, setups
 from adapterkit.files.content import Bundle, Content
 from adapterkit.files.disk import read_json, read_tensors
 from adapterkit.inject.state import is_manifest, slug, strip
@@ -189,8 +190,13 @@ def _addresses(data: Mapping[str, Any]) -> dict[str, str]:
     return {address: slug(str(data["name"]), address) for address in addresses}
 
 
-def interface_for(source: str | Path, given: Any, revision: str | None, local_files_only: bool) -> Any:
-    """The interface that travels in a file, where none was given and the file's is no shipped one."""
+def interface_for(
+    source: str | Path, given: Any, revision: str | None, local_files_only: bool, model: nn.Module
+) -> Any:
+    """The interface that travels in a file, where none was given and the file's is no shipped one.
+
+    Raises: FileFormatError: it is one for models of other types.
+    """
     if given is not None:
         return given
     directory = locate(source, revision, local_files_only)
@@ -198,21 +204,23 @@ def interface_for(source: str | Path, given: Any, revision: str | None, local_fi
     if (directory / setups.CONFIG).is_file():  # each of its adapters says the same
         config = next(iter(sorted(directory.glob(f"*/{native.CONFIG}"))), config)
     if config.is_file():
-        return _interface(read_json(config), str(config))
+        return _interface(read_json(config), model, str(config))
     if any((directory / name).is_file() for name in (_CHECKPOINTS[0], _INDEX)):
         parts = strip(_checkpoint_tensors(directory, allow_bin=False))
         for key in sorted(part for part in parts if is_manifest(part)):
-            return _interface(manifest.read(parts[key], str(directory)), str(directory))
+            return _interface(manifest.read(parts[key], str(directory)), model, str(directory))
     return None
 
 
-def _interface(data: Mapping[str, Any], file: str) -> dict[str, Any] | None:
+def _interface(data: Mapping[str, Any], model: nn.Module, file: str) -> dict[str, Any] | None:
     """The interface that a config holds in full.
 
-    Raises: FileFormatError: it holds something else in its place.
+    Raises: FileFormatError: it holds something else in its place, or one for models of other types.
     """
     said = data.get("interface")
     spec = said.get("spec") if isinstance(said, dict) else None
     if spec is not None and not isinstance(spec, dict):
         raise FileFormatError(Problem("bad-file", "'spec' is no interface", "interface", file=file))
+    if spec is not None:
+        kinship.check_travelled(data, model, file)
     return spec
