@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import nn
 
 from adapterkit.inject.injector import Injection
 from adapterkit.methods.base import MethodConfig, Shared, Unit
+from adapterkit.model.blueprint import Head
 from adapterkit.model.walk import parameters
-from adapterkit.planning import Plan
+from adapterkit.planning import Draft, Plan
 
 
 @dataclass(eq=False)
@@ -29,6 +31,18 @@ class Adapter:
     injection: Injection = field(init=False)
     trainable: bool = True
     merged: bool = field(default=False)
+
+    @classmethod
+    def made(
+        cls,
+        plan: Plan,
+        draft: Draft,
+        heads: Mapping[Head, nn.Module],
+        poolers: Mapping[Head, nn.Module],
+    ) -> Self:
+        """What was planned and built, with copies of heads and poolers."""
+        own, inside = ({place.address: m for place, m in found.items()} for found in (heads, poolers))
+        return cls(plan.name, plan, draft.units, draft.shared, own, inside)
 
     @property
     def config(self) -> MethodConfig:

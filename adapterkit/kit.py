@@ -16,7 +16,7 @@ from adapterkit.adapter import Adapter
 from adapterkit.averaging import average as averaging
 from adapterkit.composition import Fuse, Setup, names
 from adapterkit.errors import ConfigError, NotAttachedError, PlanError, Problem, listing
-from adapterkit.files import adapterhub, native, peft, reader, setups
+from adapterkit.files import reader, setups, writer
 from adapterkit.files.assemble import assemble
 from adapterkit.files.content import Bundle
 from adapterkit.inject.batch import leave, refuse_override
@@ -28,7 +28,7 @@ from adapterkit.methods.fusion import FusionConfig
 from adapterkit.methods.names import parse
 from adapterkit.methods.targets import Layers, layers_of
 from adapterkit.model.blueprint import Blueprint, Head
-from adapterkit.overriding import closed, opened
+from adapterkit.overriding import alone, closed, opened
 from adapterkit.planning import Draft, Plan, prepare
 from adapterkit.routing import chosen
 from adapterkit.runtime import Programs, Record
@@ -144,10 +144,11 @@ class Kit(Named):
             self._members.back(*before)
             self._active = None
             if len(self):
-                self.activate(*active)
+                self._act(*active)
             raise
         return self
 
+    @alone
     def _install(
         self,
         plan: Plan,
@@ -163,15 +164,8 @@ class Kit(Named):
             self._members.refuse_sharded(plan.slots[0].module)
         old = self._adapters.get(plan.name)
         if old is not None:
-            self._members.refuse_used("replace", plan.name)
-        adapter = Adapter(
-            plan.name,
-            plan,
-            draft.units,
-            draft.shared,
-            {found.address: copied for found, copied in heads.items()},
-            {found.address: copied for found, copied in poolers.items()},
-        )
+            self._members.refuse_used("replace", self._active, plan.name)
+        adapter = Adapter.made(plan, draft, heads, poolers)
         before = dict(self._adapters), self.shared
         try:
             self._members.exchange(old, adapter)
@@ -179,11 +173,11 @@ class Kit(Named):
             if activate or self._active == fusing.setup_of(adapter):
                 self.activate(fusing.setup_of(adapter))
             elif adapter.name in names(self._active):
-                self.activate(self._active, self._skipped)
+                self._act(self._active, self._skipped)
         except BaseException:
             self._members.back(*before)
             if len(self):
-                self.activate(self._active, self._skipped)
+                self._act(self._active, self._skipped)
             raise
         report.log(plan)
         return self
@@ -215,9 +209,17 @@ class Kit(Named):
         return self._active if override.programs is None else override.active
 
     def activate(self, setup: Setup | None, skip_layers: Layers = ()) -> None:
-        """Make an adapter act in all threads, None: none; not in the layers that are skipped."""
+        """Make an adapter act in all threads, None: none; not in the layers that are skipped.
+
+        Raises: PlanError: another thread is within a pass of the model.
+        """
         self._refuse_merged("activate")
         setup, skipped = composition.read(setup), layers_of(skip_layers, "skip_layers")
+        if self._programs(setup, skipped) is not self._runtime.programs:
+            self._members.refuse_running("activate", self._active)
+        self._act(setup, skipped)
+
+    def _act(self, setup: Setup | None, skipped: Layers = ()) -> None:
         self._members.run(self._programs(setup, skipped))
         self._active, self._skipped = setup, skipped
 
@@ -248,12 +250,13 @@ class Kit(Named):
         Raises: CompositionError: the setup has no meaning, a row names no child of it, or the block of a
             generator or task lies across it in this thread.
         """
-        self._refuse_merged("using")
         refuse_override(self.model)
         setup = composition.read(setup)
-        own = self._programs(setup, layers_of(skip_layers, "skip_layers"))
-        index = chosen(setup, rows, task_ids, next(self.model.parameters()).device)
-        block = opened(self._runtime, own, setup, *index)
+        with self._runtime.changing:
+            self._refuse_merged("using")
+            own = self._programs(setup, layers_of(skip_layers, "skip_layers"))
+            index = chosen(setup, rows, task_ids, next(self.model.parameters()).device)
+            block = opened(self._runtime, own, setup, *index)
         try:
             yield self
         finally:
@@ -427,14 +430,15 @@ class Kit(Named):
         """Name of the adapter that is folded into the weights."""
         return next((name for name, adapter in self._adapters.items() if adapter.merged), None)
 
+    @alone
     def merge(self, name: str) -> Kit:
         """Fold an adapter into the weights; `unmerge` gives the exact bits back.
 
-        Raises: PlanError: it cannot be folded in exactly.
+        Raises: PlanError: it cannot be folded in exactly, or another thread is within a pass of the model.
         """
         self._refuse_merged("merge")
         adapter = self[name]
-        self._members.refuse_used("merge")
+        self._members.refuse_used("merge", self._active)
         merging.check(self.model, adapter)
         programs = self._programs(name)
         self._originals = merging.fold(self.model, adapter)
@@ -443,17 +447,20 @@ class Kit(Named):
         adapter.merged = True
         return self
 
+    @alone
     def unmerge(self) -> Kit:
         """Undo `merge`: the weights get the bits back that they had."""
         name = self.merged
         if name is None or self._originals is None:
             raise PlanError(Problem("not-merged", "no adapter is merged"))
+        self._members.refuse_running("unmerge", name)
         merging.restore(self.model, self._originals)
         self._originals = None
         self._adapters[name].merged = False
-        self.activate(self._active, self._skipped)
+        self._act(self._active, self._skipped)
         return self
 
+    @alone
     def merge_and_detach(self, name: str) -> nn.Module:
         """Fold an adapter in for good and remove every trace of the kit: a plain model.
 
@@ -464,6 +471,7 @@ class Kit(Named):
         if self.merged not in (None, name):
             self._refuse_merged("merge_and_detach")
         self._members.check_unwrapped()
+        self._members.refuse_used("merge_and_detach", self._active)
         if not adapter.merged:
             self.merge(name)
         merging.keep_heads(adapter, self.blueprint)
@@ -472,16 +480,20 @@ class Kit(Named):
         self._take_all()
         return self.model
 
+    @alone
     def detach(self, name: str | None = None) -> nn.Module:
-        """Remove one adapter, or all: the model is as if they had never been attached."""
+        """Remove one adapter, or all: the model is as if they had never been attached.
+
+        Raises: PlanError: a block of `using`, or a pass in another thread, lets it act.
+        """
         if name is None:
-            self._members.refuse_used("detach", *self)
+            self._members.refuse_used("detach", self._active, *self)
             if self.merged:
                 self.unmerge()
             self._take_all()
             return self.model
         adapter = self[name]
-        self._members.refuse_used("detach", name)
+        self._members.refuse_used("detach", self._active, name)
         if adapter.merged:
             self.unmerge()
         self._refuse_merged("detach")
@@ -490,7 +502,7 @@ class Kit(Named):
             self._take_all()
             return self.model
         self._members.take(adapter)
-        self.activate(None if name in names(self._active) else self._active, self._skipped)
+        self._act(None if name in names(self._active) else self._active, self._skipped)
         return self.model
 
     def _take_all(self) -> None:
@@ -512,7 +524,7 @@ class Kit(Named):
         *,
         setup: Setup | None = None,
         head: Head_ = "auto",
-        format: Literal["adapterkit", "adapterhub", "peft"] = "adapterkit",
+        format: writer.Format = "adapterkit",
     ) -> Path:
         """Write one adapter, or all that a setup names, to a directory.
 
@@ -523,19 +535,7 @@ class Kit(Named):
         if setup is not None:
             return self._save_setup(Path(dir), name, setup, head, format)
         adapter = self[self._only(name)]
-        directory = Path(dir)
-        reader.refuse_hidden(directory)
-        if format == "peft":
-            return peft.write(directory, adapter, self.blueprint, head)
-        if format == "adapterhub":
-            if isinstance(adapter.config, FusionConfig):
-                adapterhub.write_fusion(directory, adapter, self._adapters, self.blueprint)
-            else:
-                adapterhub.write(directory, adapter, self.blueprint, head)
-            return directory
-        if format == "adapterkit":
-            return native.write(directory, adapter, self.blueprint, head)
-        raise ConfigError(Problem("bad-option", f"{format!r} is no format that can be written", "format"))
+        return writer.write(Path(dir), adapter, self._adapters, self.blueprint, head, format)
 
     def _save_setup(self, directory: Path, name: str | None, setup: Setup, head: Head_, format: str) -> Path:
         """Write a setup with its adapters.
@@ -546,9 +546,10 @@ class Kit(Named):
         for own in composition.names(wanted):
             self[own]  # that it is there
         skipped = tuple(self._skipped) if wanted == self._active else ()
-        write = adapterhub.write_setup if format == "adapterhub" else setups.write
         bundle = Bundle((), wanted, skipped)
-        return write(directory, bundle, self._adapters, self.shared, self.blueprint, head)
+        return writer.write_setup(
+            directory, bundle, self._adapters, self.shared, self.blueprint, head, format
+        )
 
     def swap(
         self, name: str, path: str | Path, *, revision: str | None = None, allow_bin: bool = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from adapterkit import fusing, sharing
 from adapterkit.adapter import Adapter
-from adapterkit.composition import names
+from adapterkit.composition import Setup, names
 from adapterkit.errors import ConfigError, NotAttachedError, PlanError, Problem, did_you_mean, listing
 from adapterkit.files import manifest
 from adapterkit.inject import entry
@@ -22,6 +23,7 @@ from adapterkit.methods.base import run_again
 from adapterkit.methods.targets import shared_embeddings
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import ATTRIBUTE, parameters
+from adapterkit.passes import others_within
 from adapterkit.runtime import Programs, Runtime
 
 
@@ -58,6 +60,10 @@ class Named(Mapping[str, Adapter]):
         return self is other
 
 
+def _concerns(active: Setup | None, own: Sequence[str]) -> bool:
+    return not own or not set(own).isdisjoint(names(active))
+
+
 class Members:
     """Adapters in a model by name, the entries of its stacks, and the model's own switches from before."""
 
@@ -84,15 +90,37 @@ class Members:
             raise ConfigError(Problem("name-taken", message, "name", "another name, or replace=True"))
         fusing.refuse_used(name, self.adapters, "replace")
 
-    def refuse_used(self, verb: str, *own: str) -> None:
-        """Refuse what takes adapters (default: what acts) from under a block of `using` in this thread.
+    def refuse_used(self, verb: str, active: Setup | None, *own: str) -> None:
+        """Refuse what takes adapters (default: what acts) from under a block of `using`, in any thread, or a
+        pass of another thread that has no block.
+
+        Args: active: what acts in threads without a block.
+        Raises: PlanError.
+        """
+        override, here = self.runtime.override, threading.get_ident()
+        if override.programs is not None and _concerns(override.active, own):
+            message = f"kit.using({override.active!r}) says what acts in this block"
+            raise PlanError(Problem("in-use", message, verb, "the same call after the block"))
+        uses = [use for use in tuple(self.runtime.uses) if use.thread != here]
+        alive = {thread.ident for thread in threading.enumerate()} if uses else set()
+        for use in uses:
+            if use.thread in alive and _concerns(use.active, own):
+                message = f"kit.using({use.active!r}) says what acts in another thread"
+                raise PlanError(Problem("in-use", message, verb, "the same call after its block"))
+        if _concerns(active, own):
+            self.refuse_running(verb, active)
+
+    def refuse_running(self, verb: str, active: Setup | None) -> None:
+        """Refuse to change what acts in the midst of a pass of another thread: it would be half of each.
 
         Raises: PlanError.
         """
-        override = self.runtime.override
-        if override.programs is not None and (not own or set(own) & set(names(override.active))):
-            message = f"kit.using({override.active!r}) says what acts in this block"
-            raise PlanError(Problem("in-use", message, verb, "the same call after the block"))
+        if others_within(self.model) - {use.thread for use in tuple(self.runtime.uses)}:
+            message = f"another thread is within a pass of the model, where {active!r} acts"
+            expected = (
+                "the same call when it has ended; kit.using(...) in each thread to change what acts there"
+            )
+            raise PlanError(Problem("in-use", message, verb, expected))
 
     def refuse_sharded(self, host: nn.Module) -> None:
         """Refuse an adapter to be trained in a model that is sharded already: no group would know it.

@@ -126,13 +126,23 @@ class Runtime:
     """Shared by all sites of a model. Copies and pickles start without an override."""
 
     def __init__(self) -> None:
-        self.override = _Override()
         self.programs: Programs = {}
         """What acts where no thread overrides it."""
+        self._alone()
+
+    def _alone(self) -> None:
+        self.override = _Override()
+        self.uses: list[Any] = []
+        """Blocks that are open in any thread; see overriding.py."""
+        self.changing = threading.RLock()
+        """Held where a block is opened, and where adapters are taken out that a block may name."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "override"}
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_THREADS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.override = _Override()
+        self._alone()
+
+
+_OF_THREADS = ("override", "uses", "changing")

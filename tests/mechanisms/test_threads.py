@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread, current_thread
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 
 import adapterkit as ak
 from tests.mechanisms.scene import attach, run
@@ -173,3 +174,146 @@ def test_an_override_with_gradients_trains_what_it_names() -> None:
         tiny.output(model(**given)).square().sum().backward()
     assert all(p.grad is not None for p in kit["a1"].parameters())
     assert all(p.grad is None for p in kit["a0"].parameters())
+
+
+# ---------------------------------------------------------------------------- changes in the midst of a pass
+
+
+class Halted:
+    """Another thread that stops within a layer of its pass until it is let go."""
+
+    def __init__(self, call: Callable[[], Tensor], module: nn.Module) -> None:
+        self.call, self.found, self.failed = call, [], []
+        self.reached, self.go_on = Event(), Event()
+        self.hook = module.register_forward_pre_hook(self.wait)
+        self.thread = Thread(target=self.work)
+
+    def wait(self, module: nn.Module, args: Any) -> None:
+        if current_thread() is self.thread:
+            self.reached.set()
+            assert self.go_on.wait(60)
+
+    def work(self) -> None:
+        try:
+            self.found.append(self.call())
+        except BaseException as error:
+            self.failed.append(error)
+
+    def __enter__(self) -> Halted:
+        self.thread.start()
+        assert self.reached.wait(60)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.go_on.set()
+        self.thread.join(60)
+        self.hook.remove()
+        assert not self.failed
+
+
+CHANGES: dict[str, Callable[[ak.Kit], Any]] = {
+    "detach": lambda kit: kit.detach("a0"),
+    "detach all": lambda kit: kit.detach(),
+    "activate": lambda kit: kit.activate("a1"),
+    "replace": lambda kit: kit.attach("lora[r=2]", name="a0", replace=True),
+    "attach": lambda kit: kit.attach("lora[r=2]", name="new"),
+    "merge": lambda kit: kit.merge("a0"),
+    "merge_and_detach": lambda kit: kit.merge_and_detach("a0"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_acts_is_not_changed_under_a_pass_of_another_thread(change: str) -> None:
+    """It had a KeyError, or half a pass of each."""
+    model, kit, given, serial = prepared("bert", 2)
+    kit.activate("a0")
+    keys = list(model.state_dict())
+    with Halted(lambda: run(model, given), model.encoder.layer[1]) as other:
+        with pytest.raises(ak.errors.PlanError) as error:
+            CHANGES[change](kit)
+        assert error.value.code == "in-use" and "another thread" in str(error.value)
+        assert kit.active == "a0" and list(kit) == ["a0", "a1"] and list(model.state_dict()) == keys
+        kit.activate("a0")  # as it is
+    assert torch.equal(other.found[0], serial["a0"])
+    CHANGES[change](kit)
+
+
+@pytest.mark.parametrize("change", ["detach", "detach all", "replace", "merge", "merge_and_detach"])
+def test_nor_is_it_taken_from_under_a_block_of_another_thread(change: str) -> None:
+    model, kit, given, serial = prepared("bert", 2)
+
+    def work() -> Tensor:
+        with kit.using("a0"):
+            return run(model, given)
+
+    with Halted(work, model.encoder.layer[1]) as other:
+        with pytest.raises(ak.errors.PlanError) as error:
+            CHANGES[change](kit)
+        assert error.value.code == "in-use" and "kit.using('a0')" in str(error.value)
+    assert torch.equal(other.found[0], serial["a0"])
+    CHANGES[change](kit)
+
+
+def test_what_no_pass_uses_can_be_changed_in_the_midst_of_it() -> None:
+    model, kit, given, serial = prepared("bert", 3)
+
+    def work() -> Tensor:
+        with kit.using("a0"):
+            return run(model, given)
+
+    with Halted(work, model.encoder.layer[1]) as other:
+        kit.detach("a1")
+        kit.activate("a2")
+        kit.attach("lora[r=2]", name="new", activate=False)
+    assert torch.equal(other.found[0], serial["a0"]) and kit.active == "a2"
+
+
+def test_a_pass_of_another_model_is_no_concern() -> None:
+    model, kit, given, serial = prepared("bert", 2)
+    _, other_kit, _, _ = prepared("bert", 2)
+    kit.activate("a0")
+    with Halted(lambda: run(model, given), model.encoder.layer[1]) as other:
+        other_kit.activate("a1")
+        other_kit.detach()
+    assert torch.equal(other.found[0], serial["a0"])
+
+
+def test_a_pass_of_a_wrapper_and_of_generate() -> None:
+    """Between the steps of `generate`, and in what is around the model, it is still one pass."""
+    model, kit, given, _ = prepared("bert", 2)
+    kit.activate("a0")
+    halt = nn.Identity()
+    around = nn.Sequential(halt, model)
+    with Halted(lambda: around(given["input_ids"]).last_hidden_state, halt):
+        with pytest.raises(ak.errors.PlanError):
+            kit.detach("a0")
+    row, cls = "gpt2", "GPT2LMHeadModel"
+    model, given = tiny.build(row, cls), tiny.inputs(row, cls)
+    kit = attach(model, "lora[r=2]", "a0")
+
+    class Pause(LogitsProcessor):
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            halt(ids)
+            return scores
+
+    with Halted(lambda: model.generate(**given, max_new_tokens=2, logits_processor=[Pause()]), halt):
+        with pytest.raises(ak.errors.PlanError):
+            kit.detach("a0")
+    kit.detach("a0")
+
+
+def test_a_block_of_a_thread_that_has_ended_holds_nothing() -> None:
+    _, kit, _, _ = prepared("bert", 2)
+    held = []
+
+    def work() -> None:
+        block = kit.using("a0")
+        block.__enter__()
+        held.append(block)
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    kit.detach("a0")
+    with pytest.raises(ak.errors.CompositionError):
+        held[0].__exit__(None, None, None)

@@ -21,7 +21,7 @@ LONGEST = 600
 
 ROOMS = (
     "errors versions | composition spec | model | methods | planning | runtime | inject | adapter"
-    " | meaning fusing | activation generating liveness merging overriding routing | files"
+    " | meaning fusing | activation generating liveness merging overriding passes routing | files"
     " | averaging sharing | members swapping report"
     " | kit | api | author | demo | testing | cli | __init__ __main__"
 )
