@@ -286,6 +286,7 @@ class Kit(Named):
     def _require_grad(self, names: tuple[str, ...], wanted: bool) -> Kit:
         for adapter in [self[name] for name in names or tuple(self)]:
             adapter.require_grad(wanted)
+            self._members.forget_stacked(adapter)
         for group in self._groups.names:
             sharing.require_grad([self[name] for name in group])
         return self

@@ -149,6 +149,13 @@ class Members:
                 site.__dict__["program"] = programs.get(path)  # attributes of modules are slow to set
         self.top.program = programs.get(self.top.key)
 
+    def forget_stacked(self, adapter: Adapter) -> None:
+        """Forget weights that were put together and kept: from now on they may be written unseen."""
+        for host in adapter.injection.hosts.values():
+            site = site_of(host)
+            if site is not None:
+                site.stacked.clear()
+
     def exchange(self, old: Adapter | None, new: Adapter) -> None:
         """Put an adapter in the place of another, also among the names.
 

@@ -18,7 +18,6 @@ _KEPT = 8
 _LAST = "last"
 """In the weights kept at a site: those that were used last, found without looking at all lanes."""
 _VERSION, _PLACE = attrgetter("_version"), torch.Tensor.data_ptr
-_TRAINED = attrgetter("requires_grad")
 ROWS = "#rows.chosen"
 """In the flow: what was made of an index, so that it is made once for all sites."""
 
@@ -68,8 +67,10 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
     compiling = torch.compiler.is_compiling()
     known = None if compiling else _known(site, step)
     if known is not None:
-        first = known.units[0]
-        if not (known.dropout and first.training) and _state(known.parameters) == known.state:
+        first, own = known.units[0], known.parameters
+        # without gradients it is enough that they were frozen when kept: training writes where it is seen
+        fresh = not (torch.is_grad_enabled() and _trained(own)) and _state(own) == known.state
+        if fresh and not (known.dropout and first.training):
             return first, known.stacked
     units = [_unit(site._modules, lane) for lane in step.lanes]
     real: list[Any] = [unit for unit in units if unit is not None]
@@ -77,15 +78,15 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
         return None
     if compiling:
         return real[0], lora_lanes.stack(units)
-    if _trained(real) or any([unit.A.is_inference() or unit.B.is_inference() for unit in real]):
-        # to tensors of inference mode all is written unseen
+    parameters = [unit._parameters for unit in real]
+    if _unkept(real) or _trained(parameters):
         site.stacked.clear()
         return real[0], lora_lanes.stack(units, looked_at=not torch.is_grad_enabled())
     with torch.inference_mode(False), torch.no_grad():
         made = lora_lanes.stack(units, looked_at=True)
     if len(site.stacked) >= _KEPT:
         site.stacked.clear()
-    dropout, parameters = any([bool(unit.dropout) for unit in real]), [unit._parameters for unit in real]
+    dropout = any([bool(unit.dropout) for unit in real])
     site.stacked[step.lanes] = Kept(real, parameters, _state(parameters), dropout, made)
     site.stacked.pop(_LAST, None)
     return real[0], made
@@ -108,16 +109,22 @@ def _unit(modules: Any, lane: Any) -> Any:
     return modules[lane[0]] if len(lane) == 1 and isinstance(lane[0], str) else False
 
 
-def _trained(units: list[Any]) -> bool:
-    return any([t.requires_grad for unit in units for t in (unit.A, unit.B)])
+def _trained(parameters: list[Any]) -> bool:
+    return any([own["A"].requires_grad or own["B"].requires_grad for own in parameters])
+
+
+def _unkept(units: list[Any]) -> bool:
+    """Whether weights are no parameters (in copies of DataParallel), or of inference mode: written unseen."""
+    own = [unit._parameters for unit in units]
+    return any("A" not in there or there["A"].is_inference() or there["B"].is_inference() for there in own)
 
 
 def _state(parameters: list[Any]) -> list[int]:
-    """Changes whenever the weights of units do, or can: a tensor that is moved keeps its version, one that is
-    written to keeps its place, and one that is to be trained again keeps both.
+    """Changes whenever the weights of units do: a tensor that is moved keeps its version, one that is written
+    to keeps its place.
     """
     tensors = [own["A"] for own in parameters] + [own["B"] for own in parameters]
-    return [*map(_VERSION, tensors), *map(_PLACE, tensors), *map(_TRAINED, tensors)]
+    return [*map(_VERSION, tensors), *map(_PLACE, tensors)]
 
 
 def _rows(site: Any, index: T, each: int, stacked: Stacked) -> Rows:

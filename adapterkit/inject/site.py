@@ -52,7 +52,9 @@ class Site(nn.Module):
             message = "DataParallel runs copies of the model in threads that do not see kit.using(...)"
             expected = "kit.activate(...), or one process for each device"
             raise CompositionError(Problem("override-replicated", message, self.key, expected))
-        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["stacked"] = {}  # of another device
+        return replica
 
     def forward(self) -> None:
         raise NotImplementedError("a site is run by its host")

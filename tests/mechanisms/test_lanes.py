@@ -64,18 +64,22 @@ def fresh(kit: ak.Kit, row: str = "bert", dtype: torch.dtype = torch.float32) ->
 
 
 @pytest.mark.parametrize(
-    "change", ["average", "step", "data", "load", "double", "deepcopy", "pickle", "swap", "train"]
+    "change", ["average", "step", "data", "load", "double", "deepcopy", "pickle", "swap", "train", "thaw"]
 )
 def test_kept_weights_are_those_of_the_adapters(change: str) -> None:
     """Stacked weights are kept between passes; whatever changes an adapter changes them."""
     _, kit, given = scene()
     setup, rows = ak.Route("a", "b"), {"rows": ["b", None, "a"]}
     groups = ak.BatchSplit("a", "b", "a", batch_sizes=1)
+    if change not in ("average", "step", "data", "train"):
+        kit.freeze()  # of what can be trained none are kept
     before = under(kit, given, setup, rows), under(kit, given, groups, {})
     assert torch.equal(under(kit, given, setup, rows), before[0])
     own = list(kit["a"].parameters()) + list(kit["b"].parameters())
     dtype = torch.float32
-    if change == "average":
+    if change == "thaw":
+        kit.train()
+    if change in ("average", "thaw"):
         for tensor in own:  # averages of weights that are put in to be evaluated, without a step between
             tensor.data.add_(0.1)
     elif change in ("step", "data", "train"):
@@ -98,13 +102,13 @@ def test_kept_weights_are_those_of_the_adapters(change: str) -> None:
         given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     elif change == "deepcopy":
         kit = ak.of(copy.deepcopy(kit.model))
-        kit["a"].units["encoder.0.attention.q"].A.data.mul_(2)
+        kit["a"].units["encoder.0.attention.q"].A.mul_(2)
     elif change == "pickle":
         stream = io.BytesIO()
         torch.save(kit.model, stream)
         stream.seek(0)
         kit = ak.of(torch.load(stream, weights_only=False))
-        kit["a"].units["encoder.0.attention.q"].A.data.mul_(2)
+        kit["a"].units["encoder.0.attention.q"].A.mul_(2)
     else:
         unit = kit["a"].units["encoder.0.attention.q"]
         unit.A = nn.Parameter(unit.A.detach() * 3)
@@ -448,7 +452,8 @@ def test_replicas_do_not_see_an_override() -> None:
     """DataParallel copies the modules in this thread and runs them in others."""
     model, kit, _ = scene()
     site = model.encoder.layer[0].attention.self.query.get_submodule("adapterkit")
-    site._replicate_for_data_parallel()
+    site.stacked["kept"] = "of this device"
+    assert not site._replicate_for_data_parallel().stacked
     with kit.using("a"):
         refused(CompositionError, "override-replicated", site._replicate_for_data_parallel)
 
