@@ -13,7 +13,7 @@ from torch import nn
 from adapterkit.errors import Problem, ResolveError, SpecError, did_you_mean, listing
 from adapterkit.model.bind import add_place, add_slot
 from adapterkit.model.blueprint import Blueprint, Head, Slot, StackInfo
-from adapterkit.model.heads import find_heads, find_loose
+from adapterkit.model.heads import find_heads, find_loose, owner_of, owners
 from adapterkit.model.repeat import Layers
 from adapterkit.model.scope import ITSELF, Draft, Found, Here, Scope
 from adapterkit.model.walk import child, expand, join, missing
@@ -143,17 +143,28 @@ def _resolve_scope(scope: Scope, found: _Gathered) -> None:
     found.claimed += [module for module in (table,) if module is not None]
     found.output_path += [module for module in (output,) if module is not None]
     outer = Here(scope, found.draft, scope.model, scope.path, scope.config, ("heads",))
+    heads: list[tuple[int, Found]] = []
     for index, said in enumerate(scope.interface.heads):
         head = outer.find(said, index)
         if head is not None:
-            found.heads.append((head.path, head.module))
+            heads.append((index, head))
     inner = Here(scope, found.draft, scope.base, scope.base_path, scope.config, ("between",))
+    between: dict[str, nn.Module] = {}
     for index, said in enumerate(scope.interface.between):
         module = inner.find(said, index)
         if module is not None:
             found.claimed.append(module.module)
             found.between.append(module.path)
+            between[module.path] = module.module
     _resolve_parts(scope, found)
+    taken = owners(found.draft, found.stacks, between, found.output_path) if heads else {}
+    for index, head in heads:
+        owner = owner_of(head.module, taken)
+        if owner is not None:
+            fact = f"{head.path!r} is no head of its own: it holds weights of {owner}"
+            expected = "a module with weights that nothing else of the interface claims"
+            outer.note("not-a-head", fact, expected, words=(index,))
+        found.heads.append((head.path, head.module))
 
 
 def _claim(found: _Gathered, info: StackInfo) -> None:
