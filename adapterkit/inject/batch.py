@@ -15,16 +15,11 @@ from adapterkit.inject import lanes
 from adapterkit.inject.cut import mapped
 from adapterkit.methods.flow import Flow, cache_of
 from adapterkit.model.blueprint import Blueprint
+from adapterkit.model.conventions import COUNTS, IMAGES, MAINS, NOT_EXAMPLES, TARGETS
 from adapterkit.runtime import Batch
 
 ROWS, TASKS = "adapter_rows", "task_ids"
 """Columns of a batch that are for us, not for the model."""
-_NOT_EXAMPLES = ("cache_position", "logits_to_keep")
-_TARGETS = ("labels",)
-_IMAGES = ("pixel_values", "input_features", "input_values")
-"""What images, videos and sounds are called, or a part of that."""
-_COUNTS = ("num_items_in_batch",)
-"""How many labels a batch has, as the Trainer says it: of a batch that is repeated, so many more."""
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -36,7 +31,7 @@ class Inputs:
         self.names = _parameters(type(model).forward)
         said = [info.inputs for info in blueprint.stacks.values()]
         mains = [name for inputs in said for name in (inputs.ids, inputs.embeds) if name]
-        mains += ["decoder_input_ids", "inputs"]
+        mains += MAINS
         self.mains = tuple(dict.fromkeys((str(getattr(model, "main_input_name", "input_ids")), *mains)))
         self.tokens = {name for inputs in said if inputs.ids for name in _taken(inputs)}
         """What stacks of tokens are called with."""
@@ -78,15 +73,15 @@ class Inputs:
         return new, {name: self._repeat(name, value, copies, sizes, images) for name, value in kwargs.items()}
 
     def _repeat(self, name: str, value: Any, copies: int, sizes: set[int], images: bool) -> Any:
-        if name in _COUNTS and value is not None:
+        if name in COUNTS and value is not None:
             return value * copies
         axis = {"none": -1, "second": 1}.get(self.axes.get(name, ""), 0)
 
         def repeat(tensor: torch.Tensor) -> torch.Tensor:
-            if axis < 0 or tensor.ndim <= axis or name in _NOT_EXAMPLES:
+            if axis < 0 or tensor.ndim <= axis or name in NOT_EXAMPLES:
                 return tensor
             of_tokens = not images or name in self.tokens
-            if tensor.shape[axis] not in sizes and name not in _TARGETS and of_tokens:
+            if tensor.shape[axis] not in sizes and name not in TARGETS and of_tokens:
                 return tensor  # one row for all examples
             counts = [1] * tensor.ndim
             counts[axis] = copies
@@ -100,7 +95,7 @@ def _taken(inputs: Any) -> tuple[str, ...]:
 
 
 def _of_images(name: str, value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and any(word in name for word in _IMAGES)
+    return isinstance(value, torch.Tensor) and any(word in name for word in IMAGES)
 
 
 @cache

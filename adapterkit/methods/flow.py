@@ -20,6 +20,7 @@ from torch import nn
 
 from adapterkit.errors import PlanError, Problem
 from adapterkit.model.blueprint import Blueprint, Scale, Slot
+from adapterkit.model.conventions import CACHES, PACKED
 
 Flow = dict[str, Any]
 
@@ -209,20 +210,15 @@ def refuse_packed(module: nn.Module, given: Mapping[str, Any], inputs: Any, stac
     Raises: PlanError.
     """
     numbers, mask = (given.get(name or "") for name in (inputs.positions, inputs.mask))
-    packed = any(given.get(name) is not None for name in _LENGTHS)
+    packed = any(given.get(name) is not None for name in PACKED)
     if isinstance(numbers, torch.Tensor) and numbers.ndim == 2 and mask is None and not packed:
         causal = getattr(getattr(module, "config", None), "is_decoder", True)
         names = inspect.signature(base_forward(module)).parameters
-        if causal and not past_of(given) and not _CACHES.isdisjoint(names) and can_look(numbers):
+        if causal and not past_of(given) and not CACHES.isdisjoint(names) and can_look(numbers):
             packed = bool((numbers[:, 1:] < numbers[:, :-1]).any())
     if packed:
         message = f"several texts are packed into one row, of which {what} would see the first alone"
         raise PlanError(Problem("packed", message, stack, "one text in each row, with a mask (B, T)"))
-
-
-_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
-"""Where texts begin that are packed, as attention kernels are told."""
-_CACHES = frozenset({"cache", "past_key_values"})
 
 
 def can_look(tensor: torch.Tensor) -> bool:
