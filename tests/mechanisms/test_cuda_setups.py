@@ -172,15 +172,26 @@ def test_the_trainer_learns_what_it_learns_on_the_cpu(row: str, tmp_path: Path) 
 def test_quantised_weights_on_the_gpu(kind: str) -> None:
     model, plain = test_quantised.built(kind, "cuda")
     given = moved(tiny.inputs("llama"))
-    for own in (model, plain):
+    # the kernel of eight bits rounds what a layer is given, each row to steps of its largest number / 127
+    oracle = test_quantised.rounded(plain)
+    for own in (model, plain, oracle):
         attach(own, "lora[targets=all]")
-    tolerance = 0.1 if kind == "int8" else 2e-3  # int8 rounds the activations, here to half precision first
-    expected = run(plain, given)
+    expected, wanted = run(plain, given), gradients(plain, given)
+    tolerance, loose = 2e-3, 4e-3
+    if kind == "int8":
+        # At most twice as far from the plain model as the oracle is: where a number lies between two steps
+        # the kernel may take the other one, as sums before it are made in half precision and another order,
+        # and may be as far from the oracle as one rounding of everything. Without its adapter the model
+        # would be further off than that.
+        tolerance = 2 * test_quantised.far(run(oracle, given), expected)
+        rounding = gradients(oracle, given)
+        loose = 2 * max(test_quantised.far(rounding[key], value) for key, value in wanted.items())
+        bare = test_quantised.rounded(test_quantised.built(kind, "cuda")[1])
+        assert tolerance < test_quantised.far(run(bare, given), expected) / 2
     assert test_quantised.far(run(model, given), expected) < tolerance
-    wanted = gradients(plain, given)
     for key, gradient in gradients(model, given).items():
         assert gradient is not None and gradient.any(), key
-        assert test_quantised.far(gradient, wanted[key]) < 2 * tolerance, key
+        assert test_quantised.far(gradient, wanted[key]) < loose, key
 
 
 @pytest.mark.parametrize("first", ["attach", "dispatch"])
