@@ -1,5 +1,7 @@
 """Forward and train step of every method as a ratio to the bare model.
 
+Forward is that of a frozen adapter, as one is loaded to be used.
+
 Run: python -m benchmarks.methods [--rounds 9] [--sizes 4x256,12x768] [--methods lora,seq_bn,...]
     [--examples 2]
 With AdapterHub's `adapters` 1.3.0 in an environment of its own, `python benchmarks/methods_adapters.py`
@@ -60,9 +62,10 @@ def measure(
     rows = []
     for method in methods:
         model = copy.deepcopy(plain)
-        ak.attach(model, method, seed=0)
+        kit = ak.attach(model, method, seed=0)
         found: dict[str, object] = {"size": size, "method": method}
-        for what, make in (("forward", forward), ("step", step)):
+        for what, make, change in (("forward", forward, kit.freeze), ("step", step, kit.train)):
+            change()
             calls = {"bare": make(copy.deepcopy(plain), batch), "adapted": make(model, batch)}
             for call in calls.values():
                 call()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
 from adapterkit.methods import lora_lanes
+from adapterkit.methods.kept import Frozen, keepable
 from adapterkit.methods.lora import LoRA
 from adapterkit.methods.lora_lanes import Rows, Stacked
 from adapterkit.runtime import Lanes
@@ -17,7 +17,6 @@ T = torch.Tensor
 _KEPT = 8
 _LAST = "last"
 """In the weights kept at a site: those that were used last, found without looking at all lanes."""
-_VERSION, _PLACE = attrgetter("_version"), torch.Tensor.data_ptr
 ROWS = "#rows.chosen"
 """In the flow: what was made of an index, so that it is made once for all sites."""
 
@@ -29,7 +28,7 @@ class Kept(NamedTuple):
     """The units, without those of empty lanes."""
     parameters: list[Any]
     """Their parameters by name."""
-    state: list[int]
+    state: Frozen
     dropout: bool
     stacked: Stacked
 
@@ -60,17 +59,12 @@ def grouped(step: Lanes, out: T, x: Any, site: Any, index: Callable[[], tuple[T,
 
 
 def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
-    """Stacked weights: made anew where they can be trained or are compiled, else kept while unchanged.
-
-    Optimisers and averages of weights may write unseen, through `data`: never to what is frozen.
-    """
+    """Stacked weights: made anew where they can be trained or are compiled, else kept while unchanged."""
     compiling = torch.compiler.is_compiling()
     known = None if compiling else _known(site, step)
     if known is not None:
-        first, own = known.units[0], known.parameters
-        # without gradients it is enough that they were frozen when kept: training writes where it is seen
-        fresh = not (torch.is_grad_enabled() and _trained(own)) and _state(own) == known.state
-        if fresh and not (known.dropout and first.training):
+        first = known.units[0]
+        if not (known.dropout and first.training) and known.state.are(_tensors(known.parameters)):
             return first, known.stacked
     units = [_unit(site._modules, lane) for lane in step.lanes]
     real: list[Any] = [unit for unit in units if unit is not None]
@@ -79,7 +73,7 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
     if compiling:
         return real[0], lora_lanes.stack(units)
     parameters = [unit._parameters for unit in real]
-    if _unkept(real) or _trained(parameters):
+    if not all(["A" in own for own in parameters]) or not keepable(_tensors(parameters)):
         site.stacked.clear()
         return real[0], lora_lanes.stack(units, looked_at=not torch.is_grad_enabled())
     with torch.inference_mode(False), torch.no_grad():
@@ -87,7 +81,7 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
     if len(site.stacked) >= _KEPT:
         site.stacked.clear()
     dropout = any([bool(unit.dropout) for unit in real])
-    site.stacked[step.lanes] = Kept(real, parameters, _state(parameters), dropout, made)
+    site.stacked[step.lanes] = Kept(real, parameters, Frozen(_tensors(parameters)), dropout, made)
     site.stacked.pop(_LAST, None)
     return real[0], made
 
@@ -109,22 +103,8 @@ def _unit(modules: Any, lane: Any) -> Any:
     return modules[lane[0]] if len(lane) == 1 and isinstance(lane[0], str) else False
 
 
-def _trained(parameters: list[Any]) -> bool:
-    return any([own["A"].requires_grad or own["B"].requires_grad for own in parameters])
-
-
-def _unkept(units: list[Any]) -> bool:
-    """Whether weights are no parameters (in copies of DataParallel), or of inference mode: written unseen."""
-    own = [unit._parameters for unit in units]
-    return any("A" not in there or there["A"].is_inference() or there["B"].is_inference() for there in own)
-
-
-def _state(parameters: list[Any]) -> list[int]:
-    """Changes whenever the weights of units do: a tensor that is moved keeps its version, one that is written
-    to keeps its place.
-    """
-    tensors = [own["A"] for own in parameters] + [own["B"] for own in parameters]
-    return [*map(_VERSION, tensors), *map(_PLACE, tensors)]
+def _tensors(parameters: list[Any]) -> list[T]:
+    return [own["A"] for own in parameters] + [own["B"] for own in parameters]
 
 
 def _rows(site: Any, index: T, each: int, stacked: Stacked) -> Rows:

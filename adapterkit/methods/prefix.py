@@ -13,6 +13,7 @@ from torch import nn
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import Layers, MethodConfig, Shared, Unit, Unmergeable
+from adapterkit.methods.kept import Frozen, keepable
 from adapterkit.methods.lora import Gate, uniform
 from adapterkit.methods.targets import Selection, chosen_layers, reached
 from adapterkit.model.blueprint import Blueprint, Slot
@@ -210,8 +211,9 @@ class SharedPrefix(Shared):
                 widths.setdefault(_key(slot), slot.width)
         self.locations = nn.ModuleDict({key: Embedded(w, config, generator) for key, w in widths.items()})
 
-    def of(self, core: Core) -> nn.Module:
-        return self.locations[_key(core)]
+    def of(self, core: Core) -> Embedded:
+        found: Any = self.locations[_key(core)]
+        return found  # type: ignore[no-any-return]
 
 
 def _key(core: Core) -> str:
@@ -226,7 +228,7 @@ class Prefix(PrefixUnit):
     """
 
     def __init__(
-        self, core: Core, config: PrefixTuningConfig, embedded: nn.Module, generator: torch.Generator | None
+        self, core: Core, config: PrefixTuningConfig, embedded: Embedded, generator: torch.Generator | None
     ) -> None:
         super().__init__(core, config, generator)
         self.heads = core.kv_heads
@@ -235,8 +237,26 @@ class Prefix(PrefixUnit):
         self.bias = uniform((sum(self.sizes),), config.bottleneck_size, generator)
         # in a tuple, so that what is shared is registered at its owner alone
         self.owner = (embedded,)
+        self.kept: tuple[Frozen, KeyValue] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def states(self) -> KeyValue:
+        """As the MLP gives them: of frozen weights once, not for each token that follows."""
+        owner = self.owner[0]
+        tensors = [self.weight, self.bias, owner.embedding, owner.weight, owner.bias]
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(self.weight.device.type):
+            return self._computed()
+        if not keepable(tensors):
+            self.kept = None
+            return self._computed()
+        if self.kept is None or not self.kept[0].are(tensors):
+            with torch.inference_mode(False), torch.no_grad():
+                self.kept = Frozen(tensors), self._computed()
+        return self.kept[1]
+
+    def _computed(self) -> KeyValue:
         hidden = self.owner[0]().to(self.weight.device)
         both = F.linear(hidden, self.weight, self.bias).split(self.sizes, dim=-1)
         key, value = (tensor.unflatten(-1, (self.heads, -1)) for tensor in both)

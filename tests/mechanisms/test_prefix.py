@@ -159,6 +159,63 @@ def test_mlp_formula() -> None:
         torch.testing.assert_close(flat[f"{start}.value"].double(), value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "change", ["write", "data", "place", "swap", "thaw", "shared", "double", "deepcopy", "autocast", "none"]
+)
+def test_what_frozen_weights_gave_is_kept_until_they_change(change: str) -> None:
+    model, inputs = tiny.build("llama"), tiny.inputs("llama")
+    kit = attach(model, "llama").freeze()
+    unit: Any = kit["default"].units["decoder.0.attention.core"]
+    before = run(model, inputs)
+    kept = unit.kept
+    assert kept is not None
+    with torch.no_grad():
+        if change == "write":
+            unit.weight.mul_(2)
+        elif change == "data":
+            unit.weight.data = unit.weight * 2
+        elif change == "place":  # twice, so that the second may lie where the first has lain
+            unit.weight.data = unit.weight * 3
+            unit.weight.data = unit.weight * 3
+        elif change == "swap":
+            unit.weight = nn.Parameter(unit.weight * 2, requires_grad=False)
+        elif change == "thaw":
+            kit.train()
+            run(model, inputs)
+            unit.weight.data.mul_(2)  # averages of weights, put in to be evaluated
+            kit.freeze()
+        elif change == "shared":
+            unit.owner[0].embedding.mul_(2)
+        elif change == "double":
+            model.double()
+        elif change == "deepcopy":
+            model = copy.deepcopy(model)
+            kit = ak.of(model)
+            copied: Any = kit["default"].units["decoder.0.attention.core"]
+            copied.weight.mul_(2)
+        elif change == "autocast":
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                run(model, inputs)
+    other = tiny.build("llama").to(next(model.parameters()).dtype)
+    fresh = attach(other, "llama")
+    for key, tensor in fresh["default"].state_dict().items():
+        tensor.copy_(kit["default"].state_dict()[key])
+    found = run(model, inputs)
+    torch.testing.assert_close(found, run(other, inputs), rtol=1e-6, atol=1e-6)
+    alike = change in ("double", "autocast", "none")
+    assert torch.allclose(found.float(), before, atol=1e-5) is alike
+    assert (unit.kept is kept) is (change in ("autocast", "none", "deepcopy"))
+
+
+def test_what_is_trained_is_never_kept() -> None:
+    model, inputs = tiny.build("llama"), tiny.inputs("llama")
+    kit = attach(model, "llama").freeze()
+    run(model, inputs)
+    kit.train()
+    tiny.output(model(**inputs)).square().mean().backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in kit["default"].parameters())
+
+
 def test_dropout_acts_in_training_only() -> None:
     model, inputs = tiny.build("bert"), tiny.inputs("bert")
     attach(model, "bert", {**FLAT, "dropout": 0.5})
