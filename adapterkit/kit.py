@@ -284,11 +284,7 @@ class Kit(Named):
         return self._require_grad(names, False)
 
     def _require_grad(self, names: tuple[str, ...], wanted: bool) -> Kit:
-        for adapter in [self[name] for name in names or tuple(self)]:
-            adapter.require_grad(wanted)
-            self._members.forget_stacked(adapter)
-        for group in self._groups.names:
-            sharing.require_grad([self[name] for name in group])
+        self._members.require_grad([self[name] for name in names or tuple(self)], wanted)
         return self
 
     # -- sharing

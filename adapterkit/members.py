@@ -149,12 +149,16 @@ class Members:
                 site.__dict__["program"] = programs.get(path)  # attributes of modules are slow to set
         self.top.program = programs.get(self.top.key)
 
-    def forget_stacked(self, adapter: Adapter) -> None:
-        """Forget weights that were put together and kept: from now on they may be written unseen."""
-        for host in adapter.injection.hosts.values():
-            site = site_of(host)
-            if site is not None:
-                site.stacked.clear()
+    def require_grad(self, adapters: Sequence[Adapter], wanted: bool) -> None:
+        """Let tensors be trained or not; of adapters that share, as all of these say together."""
+        for adapter in adapters:
+            adapter.require_grad(wanted)
+            for host in adapter.injection.hosts.values():
+                site = site_of(host)
+                if site is not None:
+                    site.stacked.clear()  # what is trained may be written unseen
+        for group in self.groups.names:
+            sharing.require_grad([self.adapters[name] for name in group])
 
     def exchange(self, old: Adapter | None, new: Adapter) -> None:
         """Put an adapter in the place of another, also among the names.
