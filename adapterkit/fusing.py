@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
+from torch import nn
 
 from adapterkit.adapter import Adapter
 from adapterkit.composition import Block, Fuse, Setup
 from adapterkit.errors import CompositionError, ConfigError, PlanError, Problem, did_you_mean, listing
+from adapterkit.inject import injector
 from adapterkit.methods.bottleneck import Bottleneck
 from adapterkit.methods.fusion import PRESETS, Fusion, FusionConfig
 from adapterkit.methods.names import validate
+from adapterkit.methods.weights import float_of
+from adapterkit.planning import Draft, Plan
 
 
 def config_of(adapters: Sequence[Adapter], config: str | Mapping[str, Any] | FusionConfig) -> FusionConfig:
@@ -82,6 +87,19 @@ def _left_out(adapter: Adapter, places: Sequence[str]) -> list[Problem]:
     message = f"{adapter.name!r} also acts where there is no fusion: {listing(rest)}"
     expected = "the same places for all and nothing else, partial=True, or Stack('x', Fuse(...)) for the rest"
     return [Problem("not-fused", message, adapter.name, expected)]
+
+
+def cast(plan: Plan, draft: Draft, model: nn.Module, adapters: Sequence[Adapter]) -> None:
+    """Weights of a fusion to the device of their hosts and the type of the adapters that they mix.
+
+    These may be of float32 on a model in half precision.
+    """
+    injector.cast(plan, draft, model, "match")
+    places = [_units(adapter) for adapter in adapters]
+    for place, fusion in draft.units.items():
+        fused = [a.units[own[place]] for a, own in zip(adapters, places, strict=True) if place in own]
+        types = [unit.dtype if isinstance(unit, Bottleneck) else float_of(unit) for unit in fused]
+        fusion.to(reduce(torch.promote_types, types))
 
 
 def users(name: str, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:

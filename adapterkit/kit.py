@@ -20,7 +20,7 @@ from adapterkit.files import reader, setups, writer
 from adapterkit.files.assemble import assemble
 from adapterkit.files.content import Bundle
 from adapterkit.inject.batch import leave, refuse_override
-from adapterkit.inject.injector import cast, copy_head, dtype_named
+from adapterkit.inject.injector import cast, copies_of, dtype_named
 from adapterkit.liveness import Liveness, examine, trained
 from adapterkit.members import Members, Named
 from adapterkit.methods.base import MethodConfig
@@ -100,7 +100,7 @@ class Kit(Named):
         heads = self._heads(head)
         plan, draft = prepare(self.blueprint, config, name, heads, strict, seed)
         cast(plan, draft, self.model, dtype)
-        copies = {found: copy_head(found.module) for found in heads}
+        copies = copies_of(heads)
         return self._install(plan, draft, copies, {}, activate, trainable)
 
     def load(
@@ -347,9 +347,9 @@ class Kit(Named):
             case _:
                 setup = Fuse(*names, name=name)
         self._members.check_name(setup.name, replace=False, fusion=True)
-        made = fusing.config_of([self[child] for child in setup.fused], config)
+        made = fusing.config_of(fused := [self[child] for child in setup.fused], config)
         plan, draft = prepare(self.blueprint, made, setup.name, (), True, seed)
-        cast(plan, draft, self.model, "match")
+        fusing.cast(plan, draft, self.model, fused)
         return self._install(plan, draft, {}, {}, activate=False, trainable=trainable)
 
     def fusion_loss(self) -> torch.Tensor:

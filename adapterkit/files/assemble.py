@@ -12,7 +12,7 @@ from torch import nn
 from adapterkit.errors import FileFormatError, Problem, did_you_mean, listing
 from adapterkit.files import kinship
 from adapterkit.files.content import Content
-from adapterkit.inject.injector import copy_head, device_of
+from adapterkit.inject.injector import copies_of, copy_head, device_of
 from adapterkit.methods.targets import Selection
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.planning import Draft, Plan, build, choose, describe
@@ -41,7 +41,7 @@ def assemble(blueprint: Blueprint, content: Content, name: str, head: bool | str
     heads = check_heads(blueprint, content, head)
     plan = describe(blueprint, content.config, name, Selection(own), heads, draft)
     fill(plan, draft, content, blueprint.model)
-    copies = {found: filled_head(copy_head(found.module), found, content) for found in heads}
+    copies = {found: filled_head(copied, found, content) for found, copied in copies_of(heads).items()}
     poolers = filled_poolers(blueprint, content) if head is not False else {}
     return Assembled(plan, draft, copies, poolers)
 

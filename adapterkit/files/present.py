@@ -14,9 +14,11 @@ from adapterkit.errors import FileFormatError, Problem
 def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """As `module.state_dict()`, with nothing on the meta device.
 
-    Raises: FileFormatError: tensors were never loaded, or what has offloaded them does not say where to.
+    Raises: FileFormatError: tensors were never loaded, or what has offloaded them does not say where to; or
+        they were quantised after attach, or are sharded.
     """
     found = dict(module.state_dict())
+    refuse_packed(found)
     if any(tensor.is_meta for tensor in found.values()):
         for path, part in module.named_modules():
             hook: Any = part.__dict__.get("_hf_hook")
@@ -28,6 +30,18 @@ def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
                         found[key] = kept[name]
     refuse_away(found)
     return found
+
+
+def refuse_packed(values: Mapping[str, Any]) -> None:
+    """Refuse what is no tensor, or one that holds others in place of its numbers. Raises: FileFormatError."""
+    message = "is quantised or sharded, so that its own numbers are not there to write"
+    packed = [
+        Problem("weight-unreadable", message, key)
+        for key, value in values.items()
+        if not isinstance(value, torch.Tensor) or hasattr(type(value), "__tensor_flatten__")
+    ]
+    if packed:
+        raise FileFormatError(packed)
 
 
 def refuse_away(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from adapterkit.inject.site import Site, check, check_unwrapped, close_site, ope
 from adapterkit.inject.state import slug
 from adapterkit.methods.base import Helper, Unit
 from adapterkit.methods.lora import Gate
+from adapterkit.methods.weights import PLAIN
 from adapterkit.model.blueprint import Blueprint, Head, Slot
 from adapterkit.model.walk import CHILD, tensors
 from adapterkit.planning import Draft, Plan
@@ -81,6 +82,21 @@ def cast(plan: Plan, draft: Draft, model: nn.Module, dtype: str | torch.dtype) -
     for address, module in draft.modules().items():
         host = hosts[address]
         move(module, device_of(host, model), dtype_of(host.module, model, dtype))
+
+
+def copies_of(heads: Sequence[Head]) -> dict[Head, nn.Module]:
+    """Copies for an adapter to train.
+
+    Raises: PlanError: a head is quantised.
+    """
+    for head in heads:
+        for tensor in head.module.parameters():
+            is_sharded = getattr(tensor, "device_mesh", None) is not None
+            if not tensor.is_floating_point() or not (type(tensor) in PLAIN or is_sharded):
+                message = f"{head.path} is quantised, so that no adapter could have a copy of it to train"
+                expected = "a model whose head was left out when it was quantised, or head=False"
+                raise PlanError(Problem("quantised-head", message, head.address, expected))
+    return {head: copy_head(head.module) for head in heads}
 
 
 def copy_head(module: nn.Module) -> nn.Module:
@@ -156,6 +172,7 @@ def inject(
                 module.train(host.training)
             site._modules[key] = module
             site.stacked.clear()  # an adapter of this name may have been there before
+            _say_initialised(module)
             _watch_gates(module, address.partition(":")[2] or address, runtime)
             done.hosts[path] = host
             done.entries.append((path, key))
@@ -179,6 +196,12 @@ def inject(
             close_site(host, path)
         raise  # helpers that others use too may stay: they do nothing by themselves
     return done
+
+
+def _say_initialised(unit: nn.Module) -> None:
+    """Let transformers keep the numbers: `model.init_weights()` draws those anew that do not say so."""
+    for module in unit.modules() if unit._modules else (unit,):
+        module.__dict__["_is_hf_initialized"] = True
 
 
 def _watch_gates(unit: nn.Module, address: str, runtime: Runtime) -> None:

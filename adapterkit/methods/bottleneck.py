@@ -280,8 +280,9 @@ class Bottleneck(Unmergeable):
     def dtype(self) -> torch.dtype:
         shared: Any = getattr(self.down, "shared", ())
         tensors = (t for module in (self, *shared) if module is not None for t in module.parameters())
-        dtype: torch.dtype = next(tensors).dtype
-        return dtype
+        own = next(tensors, None)
+        # quantised after attach, its maps may have none, and take float32
+        return torch.float32 if own is None else own.dtype
 
     def up_output(self, z: torch.Tensor) -> torch.Tensor:
         """What the bottleneck gives, s * up(act(down(LN(z)))): (B, T, D) -> (B, T, D)."""

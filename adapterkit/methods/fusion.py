@@ -140,10 +140,11 @@ class Fusion(Unmergeable):
         self, query: torch.Tensor, outputs: Sequence[torch.Tensor], residual: torch.Tensor, site: Any
     ) -> torch.Tensor:
         """The weighted sum (B, T, D); the residual is in it with `residual_before`."""
-        config, o = self.config, torch.stack(list(outputs), dim=-2)
+        config, own = self.config, next(self.parameters(), outputs[0])
+        o = torch.stack([given.to(own.dtype) for given in outputs], dim=-2)
         if config.residual_before:
-            o = o + residual.unsqueeze(-2)
-        q = self.query(query) if config.query else query
+            o = o + residual.to(own.dtype).unsqueeze(-2)
+        q = self.query(query.to(own.dtype)) if config.query else query.to(own.dtype)
         k = self.key(o) if config.key else o
         v = self.value(o) if config.value and config.value_before_softmax else o
         scores = (k @ q.unsqueeze(-1)).squeeze(-1)
@@ -154,7 +155,8 @@ class Fusion(Unmergeable):
         if record is not None:
             record.fusion.setdefault(self.address, []).append(weights.detach())
         summed: torch.Tensor = (weights.unsqueeze(-2) @ v).squeeze(-2)
-        return self.value(summed) if config.value and not config.value_before_softmax else summed
+        summed = self.value(summed) if config.value and not config.value_before_softmax else summed
+        return summed.to(residual.dtype)
 
     def loss(self) -> torch.Tensor:
         """0.01 ||V - I||^2, which keeps the value projection near the identity."""

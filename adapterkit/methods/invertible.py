@@ -15,6 +15,7 @@ from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.base import MethodConfig, Shared, Unit, Unmergeable, Words
 from adapterkit.methods.flow import first, with_first
 from adapterkit.methods.targets import Selection, shared_embeddings, unknown_stacks
+from adapterkit.methods.weights import float_of
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.embeddings import embedding_slots, unembed_slots
 
@@ -229,7 +230,7 @@ class Forward(_End):
 
     def forward(self, out: Any, x: Any, host: nn.Module) -> Any:
         value = first(out)
-        dtype = next(self.coupling.parameters()).dtype
+        dtype = float_of(self.coupling)
         return with_first(out, self.coupling(value.to(dtype)).to(value.dtype))
 
 
@@ -240,5 +241,5 @@ class Inverse(_End):
     undoes = True
 
     def forward(self, x: torch.Tensor, host: nn.Module) -> torch.Tensor:
-        dtype = next(self.coupling.parameters()).dtype
+        dtype = float_of(self.coupling)
         return self.coupling.inverse(x.to(dtype)).to(x.dtype)

@@ -14,7 +14,7 @@ from torch import nn
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.methods.base import Shared, SlotConfig, Unit, per_slot
 from adapterkit.methods.flow import record_of
-from adapterkit.methods.weights import in_rows, is_plain, joinable, readable
+from adapterkit.methods.weights import PLAIN, in_rows, is_plain, joinable, readable
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
 
@@ -212,7 +212,7 @@ class LoRA(Unit):
         if own is None or weight is None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return False
         wide = x.dtype is torch.float32 or x.dtype is torch.float64
-        alike = wide and own.dtype is x.dtype and weight.dtype is x.dtype
+        alike = wide and own.dtype is x.dtype and weight.dtype is x.dtype and type(weight) in PLAIN
         return alike and x.numel() > 0 and in_rows(x)
 
     def _accumulated(self, x: torch.Tensor, host: Any) -> torch.Tensor:

@@ -30,6 +30,7 @@ from adapterkit.methods.flow import (
     with_first,
 )
 from adapterkit.methods.targets import Selection, chosen_layers, reached
+from adapterkit.methods.weights import float_of
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import layer_slots
 from adapterkit.spec.schema import Inputs
@@ -333,6 +334,6 @@ def edit(
     # positions outside wrap around: they stay different from one another, and get back what they had
     index = (steps % h.shape[1])[:, :, None].expand(-1, -1, h.shape[2])
     own = h.gather(1, index)
-    dtype = next(unit.parameters()).dtype
+    dtype = float_of(unit)
     new = unit(own.to(dtype)).to(h.dtype)
     return result.scatter(1, index, torch.where(inside[:, :, None], new, result.gather(1, index)))

@@ -14,17 +14,30 @@ if TYPE_CHECKING:
     from adapterkit.model.layouts import Rows
 
 
+PLAIN = (nn.Parameter, torch.Tensor)
+"""Types of ordinary tensors: a quantised one may say that it is of float32."""
+
+
 def is_plain(host: nn.Module) -> bool:
     """Whether the weight is an ordinary floating-point tensor, neither quantised nor wrapped."""
     weight = host._parameters.get("weight")
     if weight is None:
         return False
-    return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
+    return type(weight) in PLAIN and weight.is_floating_point()
 
 
 def joinable(host: nn.Module) -> bool:
     """Whether the host computes W x + b and nothing else; its class may have become a site."""
     return getattr(type(host), "_adapterkit_base", type(host)) is nn.Linear and is_plain(host)
+
+
+def float_of(module: nn.Module) -> torch.dtype:
+    """The type that a module computes in: that of its parameters.
+
+    Quantised after attach it may have none, and takes float32.
+    """
+    own = next(module.parameters(), None)
+    return torch.float32 if own is None else own.dtype
 
 
 def in_rows(x: torch.Tensor) -> bool:

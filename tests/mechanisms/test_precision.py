@@ -134,3 +134,22 @@ def test_a_type_of_their_own_is_that_of_float64_but_for_rounding(
     assert far(found, run(twin, given)) < 0.03
     for key, gradient in gradients(model, given).items():
         assert gradient is not None and gradient.dtype == getattr(torch, own), key
+
+
+@pytest.mark.parametrize("types", [("float32", "float32"), ("float32", "match")])
+@pytest.mark.parametrize("method", ["seq_bn", "lora", "vera[r=4,d_initial=1]", "mtl_lora"])
+def test_a_fusion_has_the_type_of_what_it_mixes(method: str, types: tuple[str, str]) -> None:
+    def fused(model: torch.nn.Module) -> ak.Kit:
+        for seed, (name, dtype) in enumerate(zip("ab", types, strict=True)):
+            kit = attach(model, method, name, seed=seed, dtype=dtype)
+        kit.fuse("a", "b", seed=2)
+        kit.activate(ak.Fuse("a", "b"))
+        return kit
+
+    given, exact, model = tiny.inputs("bert"), tiny.build("bert"), tiny.build("bert").to(torch.bfloat16)
+    fused(exact)
+    kit = fused(model)
+    assert {p.dtype for p in kit["a+b"].parameters()} == {torch.float32}
+    assert far(run(model, given), run(exact, given)) < 0.05
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert far(run(model, given), run(exact, given)) < 0.05

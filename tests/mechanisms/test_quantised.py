@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import adapterkit as ak
 from tests.mechanisms.scene import attach, gradients, run
@@ -162,3 +164,58 @@ def test_methods_that_read_the_weight_are_refused(kind: str, method: str | dict[
         ak.attach(model, method)
     assert error.value.code == "weight-unreadable"
     assert torch.equal(run(model, given), bare) and "adapterkit" not in str(model)
+
+
+def test_maps_that_are_quantised_after_attach() -> None:
+    """The weight says that it is of float32, and is no matrix that could be read."""
+    given, (_, plain) = tiny.inputs("llama"), built("torchao")
+    model = tiny.build("llama", **SIZES)
+    attach(model, "lora[targets=all]")
+    quantise(model, "torchao")
+    attach(plain, "lora[targets=all]")
+    assert far(run(model, given), run(plain, given)) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch gives this kind of quantisation up
+@pytest.mark.parametrize("method", ["seq_bn", "seq_bn_inv", "loreft[r=2]"])
+def test_adapters_that_are_quantised_dynamically(method: str, tmp_path: Path) -> None:
+    model, given = tiny.build("bert"), tiny.inputs("bert")
+    kit = attach(model, method)
+    with kit.disabled():
+        bare = run(model, given)
+    exact = run(model, given)
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert far(run(model, given), exact) < 0.1 < far(bare, exact)
+    _refused(ak.of(model), tmp_path)
+
+
+def test_an_adapter_that_was_quantised_is_not_saved(tmp_path: Path) -> None:
+    model = tiny.build("bert")
+    kit = attach(model, "seq_bn")
+    quantise(model, "torchao")
+    _refused(kit, tmp_path)
+
+
+def _refused(kit: ak.Kit, folder: Path) -> None:
+    with pytest.raises(ak.errors.FileFormatError) as error:
+        kit.save(folder / "a", "a")
+    assert error.value.code == "weight-unreadable" and not list(folder.iterdir())
+
+
+@kinds
+def test_a_quantised_head_is_refused(kind: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        sizes = {"vocab_size": 64, "num_hidden_layers": 1, "num_labels": 2, "hidden_size": 64}
+        config = AutoConfig.for_model("bert", num_attention_heads=4, intermediate_size=64, **sizes)
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+    model = build()
+    quantise(model, kind)
+    for attempt in (
+        lambda: ak.attach(model, "lora"),
+        lambda: ak.load(model, ak.attach(build(), "lora", name="b").save(tmp_path / "b")),
+    ):
+        with pytest.raises(ak.errors.PlanError) as error:
+            attempt()
+        assert error.value.code == "quantised-head" and "adapterkit" not in str(model)
+    ak.attach(model, "lora", head=False)

@@ -156,3 +156,13 @@ def test_nothing_is_loaded_into_merged_weights() -> None:
     kit.unmerge()
     model.load_state_dict(weights)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("row", ["bert", "t5"])
+@pytest.mark.parametrize("method", ["lora", "seq_bn", "seq_bn_inv", "loreft[r=2]", "unipelt"])
+def test_weights_are_not_drawn_anew_by_the_model(method: str, row: str) -> None:
+    model = tiny.build(row)
+    kit = attach(model, method)
+    before, plain = tensors(kit), {key: value.clone() for key, value in model.state_dict().items()}
+    model.init_weights()
+    assert same(before, tensors(kit)) and same(plain, model.state_dict())
