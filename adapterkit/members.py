@@ -22,7 +22,7 @@ from adapterkit.inject.state import NAME, part_tensors, place_tensors
 from adapterkit.methods.base import run_again
 from adapterkit.methods.targets import shared_embeddings
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.walk import ATTRIBUTE, parameters
+from adapterkit.model.walk import ATTRIBUTE, is_sharded, parameters
 from adapterkit.passes import others_within
 from adapterkit.runtime import Programs, Runtime
 
@@ -131,7 +131,7 @@ class Members:
             return
         cls = next((c for c in type(self.model).__mro__ if c.__name__ == "FSDPModule"), None)
         firsts = (next(module.parameters(), None) for module in (host, self.model))
-        if cls is not None or any(getattr(found, "device_mesh", None) is not None for found in firsts):
+        if cls is not None or any(found is not None and is_sharded(found) for found in firsts):
             message = (
                 "the model is sharded: an adapter that comes later would be trained apart in each process"
             )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import FileFormatError, Problem
+from adapterkit.model.walk import is_sharded
 
 
 def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -45,8 +46,15 @@ def refuse_packed(values: Mapping[str, Any]) -> None:
 
 
 def refuse_away(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that have no numbers. Raises: FileFormatError."""
+    """Refuse tensors that have no numbers here, or a part of them. Raises: FileFormatError."""
     message = "is not loaded, so that it has no numbers to write"
     away = [Problem("weight-unreadable", message, key) for key, tensor in tensors.items() if tensor.is_meta]
-    if away:
-        raise FileFormatError(away)
+    parted = [
+        Problem("sharded", _PARTED, key, _WHOLE) for key, tensor in tensors.items() if is_sharded(tensor)
+    ]
+    if away or parted:
+        raise FileFormatError([*away, *parted])
+
+
+_PARTED = "is sharded: this process holds a part of it"
+_WHOLE = "a full checkpoint of the model (get_model_state_dict, full_state_dict=True), which ak.load reads"

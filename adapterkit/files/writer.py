@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from adapterkit.adapter import Adapter
+from adapterkit.composition import names
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.files import adapterhub, native, peft, reader, setups
 from adapterkit.files.content import Bundle
+from adapterkit.files.present import refuse_away
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.model.blueprint import Blueprint
 
@@ -26,8 +28,10 @@ def write(
 ) -> Path:
     """Write one adapter. Args: adapters: all of the model, which a fusion needs.
 
-    Raises: ConfigError: there is no such format. FileFormatError: it has no words for the adapter.
+    Raises: ConfigError: there is no such format. FileFormatError: it has no words for the adapter, or the
+        adapter is sharded.
     """
+    refuse_away(adapter.state_dict())
     reader.refuse_hidden(directory)
     if format == "peft":
         return peft.write(directory, adapter, blueprint, head)
@@ -52,5 +56,7 @@ def write_setup(
     format: str,
 ) -> Path:
     """Write a setup with its adapters, see `setups.asked` for the formats that have any."""
+    for name in names(bundle.setup):
+        refuse_away(adapters[name].state_dict())
     write = adapterhub.write_setup if format == "adapterhub" else setups.write
     return write(directory, bundle, adapters, shared, blueprint, head)

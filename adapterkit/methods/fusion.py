@@ -19,6 +19,7 @@ from adapterkit.methods.targets import Selection
 from adapterkit.methods.weights import is_plain
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.branches import Branch, branches
+from adapterkit.model.walk import is_sharded
 
 
 class FusionConfig(MethodConfig):
@@ -160,8 +161,11 @@ class Fusion(Unmergeable):
 
     def loss(self) -> torch.Tensor:
         """0.01 ||V - I||^2, which keeps the value projection near the identity."""
-        weight: torch.Tensor = self.value.weight
-        return 0.01 * (weight - torch.eye(weight.shape[0], device=weight.device)).square().sum()
+        weight: Any = self.value.weight
+        if is_sharded(weight):
+            weight = weight.full_tensor()  # in every process, as each has the loss
+        loss: torch.Tensor = 0.01 * (weight - torch.eye(weight.shape[0], device=weight.device)).square().sum()
+        return loss
 
 
 class BranchFusion(Fusion):

@@ -19,6 +19,7 @@ from adapterkit.methods.targets import Selection, chosen_layers, reached
 from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.cores import Core, cores
 from adapterkit.model.reading import read_stacks
+from adapterkit.model.walk import is_sharded
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -179,6 +180,9 @@ class FlatPrefix(PrefixUnit):
         return self.key, self.value
 
 
+_WHOLE = "fully_shard of the whole model at once, or prefix_tuning_flat (kit.eject), which shares nothing"
+
+
 class Embedded(nn.Module):
     """P embeddings through the first matrix of the MLP, for all layers of a sublayer: h = act(W e + b).
 
@@ -195,6 +199,9 @@ class Embedded(nn.Module):
         self.bias = uniform((config.bottleneck_size,), width, generator)
 
     def forward(self) -> torch.Tensor:
+        if is_sharded(self.weight):  # with the layer that holds it, while another one asks
+            message = "the MLP that all layers share was sharded together with one of them"
+            raise PlanError(Problem("shared-apart", message, expected=_WHOLE))
         return self.act(F.linear(self.embedding, self.weight, self.bias))
 
 

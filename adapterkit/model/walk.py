@@ -17,6 +17,11 @@ ATTRIBUTE = "_adapterkit"
 """Where the model keeps its kit."""
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process holds only its part of a tensor (`fully_shard`, tensor parallelism)."""
+    return getattr(tensor, "device_mesh", None) is not None
+
+
 def parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """The parameters of a model without those of adapters, each once: its module, its name there, itself.
 

@@ -102,3 +102,43 @@ def test_an_adapter_that_comes_late_and_is_not_trained(tmp_path: Path) -> None:
 def test_shared_tensors_that_are_sharded_with_one_layer(tmp_path: Path) -> None:
     found = spawn(workers.sharded_apart, "vera[r=4]", tmp_path)
     assert found == ["shared-apart"] * workers.WORLD
+
+
+def test_shards_are_not_written_as_an_adapter(tmp_path: Path) -> None:
+    """A full checkpoint holds the whole tensors; heads that come late would belong to no group."""
+    found = spawn(workers.sharded_files, "lora", tmp_path)
+    for codes, kept, _ in found:
+        assert codes == ["sharded"] * 4 + ["sharded-before"] * 2 + [""]
+        assert kept
+    kit = ak.load(tiny.build("bert", workers.CLS), tmp_path / "checkpoint")
+    tensors = {key: p.detach() for key, p in kit["a"].named_parameters()}
+    assert tensors.keys() == found[0][2].keys()
+    assert all(torch.equal(tensors[key], value) for key, value in found[0][2].items())
+    losses, _, trained = alone("lora")
+    assert len(losses) and all(torch.allclose(tensors[key], trained[key], atol=1e-5) for key in trained)
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "unipelt"])
+def test_what_layers_share_is_sharded_with_one_of_them(method: str, tmp_path: Path) -> None:
+    assert spawn(workers.sharded_prefix, method, tmp_path) == [["shared-apart", ""]] * workers.WORLD
+
+
+def test_the_loss_of_a_fusion_that_is_sharded(tmp_path: Path) -> None:
+    model = tiny.build("bert", workers.CLS).train()
+    kit = workers.fused(model)
+    given = tiny.inputs("bert", workers.CLS, batch=workers.BATCH, padded=False, labels=True)
+    losses, expected = [], []
+    for own in (False, True):
+        model.zero_grad()
+        loss = kit.fusion_loss()
+        losses.append(loss.item())
+        (loss + model(**given)["loss"] if own else loss).backward()
+        expected.append({key: p.grad for key, p in kit["a+b"].named_parameters()})
+    for found, gradients in spawn(workers.sharded_fusion, "", tmp_path):
+        assert found == pytest.approx(losses, abs=1e-6)
+        for there, here in zip(gradients, expected, strict=True):
+            for key, gradient in here.items():
+                if gradient is None:
+                    assert there[key] is None or not there[key].any(), key
+                else:
+                    assert torch.allclose(there[key], gradient, atol=1e-5), key

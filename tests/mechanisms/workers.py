@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -138,3 +141,85 @@ def sharded(rank: int, port: int, directory: str, method: str) -> None:
     except ak.errors.PlanError as error:
         code = error.code
     finish(rank, directory, (losses, gradients, tensors, bare, code))
+
+
+def code_of(call: Callable[[], Any]) -> str:
+    """The code of an error of adapterkit, else what was raised, else nothing."""
+    try:
+        call()
+    except ak.errors.AdapterkitError as error:
+        return error.code
+    except Exception as error:
+        return repr(error)[:300]
+    return ""
+
+
+def sharded_files(rank: int, port: int, directory: str, method: str) -> None:
+    """What cannot be written by one process alone, and the way around it; heads that come late."""
+    join(rank, port)
+    model, given = prepared(method)
+    ak.of(model).save(Path(directory) / f"before{rank}")
+    shard(model)
+    kit = ak.of(model)
+    optimise(model, share(given, rank))
+    model.reshard()
+    formats = ("adapterkit", "adapterhub", "peft")
+    codes = [code_of(lambda form=form: kit.save(Path(directory) / form, format=form)) for form in formats]
+    codes.append(code_of(lambda: kit.save(Path(directory) / "setup", setup="a")))
+    kept = not any((Path(directory) / name).exists() for name in (*formats, "setup"))
+
+    whole_state = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    tensors = {key: whole(p) for key, p in kit["a"].named_parameters()}
+    if rank == 0:
+        (Path(directory) / "checkpoint").mkdir()
+        save_file(whole_state, Path(directory) / "checkpoint" / "model.safetensors")
+
+    late = tiny.build("bert", CLS)
+    shard(late)
+    before = Path(directory) / f"before{rank}"
+    codes.append(code_of(lambda: ak.load(late, before)))
+    codes.append(code_of(lambda: ak.attach(late, "lora", trainable=False)))
+    codes.append(code_of(lambda: ak.load(late, before, head=False)))
+    finish(rank, directory, (codes, kept, tensors))
+
+
+def sharded_prefix(rank: int, port: int, directory: str, method: str) -> None:
+    """In a layer for itself the MLP of all is sharded where others ask for it; in one group it is not."""
+    join(rank, port)
+    codes = []
+    for together in (False, True):
+        model, given = prepared(method)
+        if together:
+            fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        else:
+            shard(model)
+        codes.append(code_of(lambda model=model, given=given: model(**given)["loss"].backward()))
+    finish(rank, directory, codes)
+
+
+def fused(model: nn.Module) -> ak.Kit:
+    """Two adapters, and a fusion of them that is trained."""
+    for name, seed in (("a", 0), ("b", 1)):
+        attach(model, "seq_bn", name, seed=seed, head=False)
+    kit = ak.of(model)
+    kit.freeze("a", "b")
+    kit.fuse("a", "b", seed=0).activate(ak.Fuse("a", "b"))
+    return kit
+
+
+def sharded_fusion(rank: int, port: int, directory: str, method: str) -> None:
+    """Value of the regularisation, and the gradient of it alone and with that of the model."""
+    join(rank, port)
+    model = tiny.build("bert", CLS).train()
+    kit, given = fused(model), tiny.inputs("bert", CLS, batch=BATCH, padded=False, labels=True)
+    shard(model)
+    losses, found = [], []
+    for own in (False, True):
+        model.zero_grad()
+        loss = kit.fusion_loss()
+        losses.append(loss.item())
+        (loss + model(**share(given, rank))["loss"] if own else loss).backward()
+        found.append({key: whole(p.grad) for key, p in kit["a+b"].named_parameters()})
+    finish(rank, directory, (losses, found))
