@@ -20,6 +20,7 @@ from adapterkit.methods.flow import (
     given_arguments,
     past_of,
     refuse_packed,
+    room_of,
     with_first,
 )
 from adapterkit.methods.positions import Index, Span, as_rows, insert, key, remove, shifted, start, widened
@@ -153,6 +154,11 @@ class Widen(nn.Module):
         if self.limit is not None and total > self.limit:
             message = f"a prompt of {count} and {total - count} tokens, but {self.limit} positions"
             raise PlanError(Problem("too-long", message, self.stack, "a shorter prompt, or shorter inputs"))
+        room = room_of(given)
+        if room is not None and total > room:
+            message = f"a prompt of {count} and {total - count} tokens, but a cache of {room} positions"
+            expected = "a cache that grows, as generate(...) makes if it is told nothing"
+            raise PlanError(Problem("unfit-cache", message, self.stack, expected))
         if mask is not None:
             given[str(names.mask)] = widened(whole, count, index, names.mask_hides)
         elif not self.move and takes(module, names.mask):

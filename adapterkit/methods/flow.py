@@ -196,6 +196,16 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     return next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
 
 
+def room_of(given: Mapping[str, Any]) -> int | None:
+    """How many positions a cache of a fixed size has; None if it grows, or lets go of the first."""
+    cache = cache_of(given)
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+    sizes = [
+        getattr(layer, "max_cache_len", None) for layer in layers if not getattr(layer, "is_sliding", False)
+    ]
+    return min((size for size in sizes if isinstance(size, int)), default=None)
+
+
 def past_of(given: Mapping[str, Any]) -> int:
     """How many tokens a cache among arguments holds."""
     cache = cache_of(given)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import adapterkit as ak
 from adapterkit.errors import PlanError
@@ -151,6 +151,18 @@ def test_a_cache_of_an_earlier_call_and_a_prompt(row: str) -> None:
         ).logits
     expected = logits(model, first, attention_mask=mask, position_ids=positions.clamp(min=0))
     assert torch.allclose(last[:, -1], expected[:, -1], atol=1e-4)
+
+
+@family
+def test_a_cache_of_a_fixed_size_has_no_room_for_a_prompt(row: str) -> None:
+    model, (tokens, _) = adapted(row, PROMPT), padded(0)
+    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 5)
+    given = {**held(model, cache), "use_cache": True}
+    with pytest.raises(PlanError) as refused, torch.no_grad():
+        for step in (tokens, tokens[:, :1], tokens[:, 1:2]):
+            model(input_ids=step, **given)
+    assert refused.value.code == "unfit-cache"
+    assert cache.get_seq_length() == tokens.shape[1] + 5
 
 
 def test_a_prompt_that_comes_to_a_cache_that_others_have_begun() -> None:
