@@ -19,7 +19,7 @@ def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
         they were quantised after attach, or are sharded.
     """
     found = dict(module.state_dict())
-    refuse_packed(found)
+    refuse_unwritable(found)
     if any(tensor.is_meta for tensor in found.values()):
         for path, part in module.named_modules():
             hook: Any = part.__dict__.get("_hf_hook")
@@ -33,7 +33,7 @@ def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def refuse_packed(values: Mapping[str, Any]) -> None:
+def refuse_unwritable(values: Mapping[str, Any]) -> None:
     """Refuse what is no tensor, or one that holds others in place of its numbers. Raises: FileFormatError."""
     message = "is quantised or sharded, so that its own numbers are not there to write"
     packed = [

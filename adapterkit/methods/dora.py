@@ -13,7 +13,7 @@ from adapterkit.methods import one_weight
 from adapterkit.methods.base import Shared, Unit
 from adapterkit.methods.lora import LoRA, LoRAConfig, add_rows
 from adapterkit.methods.vera import VeRA, VeRAConfig
-from adapterkit.methods.weights import joinable, readable, slot_bias, slot_weight
+from adapterkit.methods.weights import joinable, readable, refuse_quantised, slot_bias, slot_weight
 from adapterkit.model.blueprint import Slot
 from adapterkit.model.layouts import Rows
 
@@ -80,7 +80,11 @@ class Magnitude(Unit):
 
     @torch.no_grad()
     def norm(self, host: nn.Module) -> torch.Tensor:
-        """||W + D|| for each row (D_out,)."""
+        """||W + D|| for each row (D_out,).
+
+        Raises: PlanError: W was quantised after attach.
+        """
+        refuse_quantised(host)
         weight = slot_weight(host, self.transposed, self.rows)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         left, right, scaling = self.factors(weight.dtype)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
+from adapterkit.model.walk import CHILD
 
 if TYPE_CHECKING:
     from adapterkit.model.blueprint import Slot
@@ -69,6 +70,23 @@ def slot_bias(host: nn.Module, rows: Rows | None) -> torch.Tensor | None:
     """(D_out,) bias of a slot."""
     bias: torch.Tensor | None = getattr(host, "bias", None)
     return bias if bias is None or rows is None else rows.take(bias)
+
+
+def refuse_quantised(host: nn.Module) -> None:
+    """Refuse a weight that a library has quantised since it was seen: it may say that it is of float32.
+
+    Raises: PlanError.
+    """
+    weight = host._parameters.get("weight")
+    if weight is None or type(weight) in PLAIN or not hasattr(weight, "__tensor_flatten__"):
+        return
+    if getattr(weight, "device_mesh", None) is None:  # sharded ones are computed with
+        message = (
+            f"the weight ({type(weight).__name__}) was quantised after attach, and its norm is asked for"
+        )
+        expected = "a method that does not read the weight, such as LoRA"
+        place: Any = host._modules.get(CHILD)
+        raise PlanError(Problem("weight-unreadable", message, getattr(place, "key", ""), expected))
 
 
 def readable(slot: Slot, why: str) -> torch.Tensor:

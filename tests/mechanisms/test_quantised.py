@@ -176,6 +176,18 @@ def test_maps_that_are_quantised_after_attach() -> None:
     assert far(run(model, given), run(plain, given)) < 1e-4
 
 
+@pytest.mark.parametrize("method", ["dora", "dvora[r=4]"])
+def test_a_norm_of_what_is_quantised_after_attach_is_refused(method: str) -> None:
+    model, given = tiny.build("llama", **SIZES), tiny.inputs("llama")
+    kit = attach(model, method)
+    quantise(model, "torchao")
+    with pytest.raises(ak.errors.PlanError) as error:
+        run(model, given)
+    assert error.value.code == "weight-unreadable" and error.value.address.endswith("q_proj")
+    with kit.disabled():
+        run(model, given)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch gives this kind of quantisation up
 @pytest.mark.parametrize("method", ["seq_bn", "seq_bn_inv", "loreft[r=2]"])
 def test_adapters_that_are_quantised_dynamically(method: str, tmp_path: Path) -> None:
