@@ -91,8 +91,7 @@ def copies_of(heads: Sequence[Head]) -> dict[Head, nn.Module]:
     """
     for head in heads:
         for tensor in head.module.parameters():
-            is_sharded = getattr(tensor, "device_mesh", None) is not None
-            if not tensor.is_floating_point() or not (type(tensor) in PLAIN or is_sharded):
+            if not tensor.is_floating_point() or not (type(tensor) in PLAIN or is_sharded(tensor)):
                 message = f"{head.path} is quantised, so that no adapter could have a copy of it to train"
                 expected = "a model whose head was left out when it was quantised, or head=False"
                 raise PlanError(Problem("quantised-head", message, head.address, expected))

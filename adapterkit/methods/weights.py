@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import PlanError, Problem
-from adapterkit.model.walk import CHILD
+from adapterkit.model.walk import CHILD, is_sharded
 
 if TYPE_CHECKING:
     from adapterkit.model.blueprint import Slot
@@ -80,7 +80,7 @@ def refuse_quantised(host: nn.Module) -> None:
     weight = host._parameters.get("weight")
     if weight is None or type(weight) in PLAIN or not hasattr(weight, "__tensor_flatten__"):
         return
-    if getattr(weight, "device_mesh", None) is None:  # sharded ones are computed with
+    if not is_sharded(weight):  # sharded ones are computed with
         message = (
             f"the weight ({type(weight).__name__}) was quantised after attach, and its norm is asked for"
         )
