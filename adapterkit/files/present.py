@@ -34,27 +34,24 @@ def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def refuse_unwritable(values: Mapping[str, Any]) -> None:
-    """Refuse what is no tensor, or one that holds others in place of its numbers. Raises: FileFormatError."""
-    message = "is quantised or sharded, so that its own numbers are not there to write"
-    packed = [
-        Problem("weight-unreadable", message, key)
-        for key, value in values.items()
-        if not isinstance(value, torch.Tensor) or hasattr(type(value), "__tensor_flatten__")
-    ]
-    if packed:
-        raise FileFormatError(packed)
+    """Refuse parts, and what holds no numbers or others in their place. Raises: FileFormatError."""
+    problems = []
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor) and is_sharded(value):
+            problems.append(Problem("sharded", "is sharded: this process holds a part of it", key, _WHOLE))
+        elif not isinstance(value, torch.Tensor) or hasattr(type(value), "__tensor_flatten__"):
+            message = "is quantised, so that its own numbers are not there to write"
+            problems.append(Problem("weight-unreadable", message, key))
+    if problems:
+        raise FileFormatError(problems)
 
 
 def refuse_away(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that have no numbers here, or a part of them. Raises: FileFormatError."""
+    """Refuse tensors that have no numbers here. Raises: FileFormatError."""
     message = "is not loaded, so that it has no numbers to write"
     away = [Problem("weight-unreadable", message, key) for key, tensor in tensors.items() if tensor.is_meta]
-    parted = [
-        Problem("sharded", _PARTED, key, _WHOLE) for key, tensor in tensors.items() if is_sharded(tensor)
-    ]
-    if away or parted:
-        raise FileFormatError([*away, *parted])
+    if away:
+        raise FileFormatError(away)
 
 
-_PARTED = "is sharded: this process holds a part of it"
 _WHOLE = "a full checkpoint of the model (get_model_state_dict, full_state_dict=True), which ak.load reads"

@@ -11,7 +11,7 @@ from adapterkit.composition import names
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.files import adapterhub, native, peft, reader, setups
 from adapterkit.files.content import Bundle
-from adapterkit.files.present import refuse_away
+from adapterkit.files.present import refuse_unwritable
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.model.blueprint import Blueprint
 
@@ -28,10 +28,10 @@ def write(
 ) -> Path:
     """Write one adapter. Args: adapters: all of the model, which a fusion needs.
 
-    Raises: ConfigError: there is no such format. FileFormatError: it has no words for the adapter, or the
-        adapter is sharded.
+    Raises: ConfigError: there is no such format. FileFormatError: it has no words for the adapter, or that is
+        sharded or quantised.
     """
-    refuse_away(adapter.state_dict())
+    _refuse_unwritable(adapter)
     reader.refuse_hidden(directory)
     if format == "peft":
         return peft.write(directory, adapter, blueprint, head)
@@ -57,6 +57,11 @@ def write_setup(
 ) -> Path:
     """Write a setup with its adapters, see `setups.asked` for the formats that have any."""
     for name in names(bundle.setup):
-        refuse_away(adapters[name].state_dict())
+        _refuse_unwritable(adapters[name])
     write = adapterhub.write_setup if format == "adapterhub" else setups.write
     return write(directory, bundle, adapters, shared, blueprint, head)
+
+
+def _refuse_unwritable(adapter: Adapter) -> None:
+    for address, module in adapter.modules().items():
+        refuse_unwritable({f"{address}.{name}": value for name, value in module.state_dict().items()})

@@ -201,9 +201,11 @@ def room_of(given: Mapping[str, Any]) -> int | None:
     cache = cache_of(given)
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
     sizes = [
-        getattr(layer, "max_cache_len", None) for layer in layers if not getattr(layer, "is_sliding", False)
+        layer.max_cache_len
+        for layer in layers
+        if isinstance(getattr(layer, "max_cache_len", None), int) and not getattr(layer, "is_sliding", False)
     ]
-    return min((size for size in sizes if isinstance(size, int)), default=None)
+    return min(sizes) if sizes else None
 
 
 def past_of(given: Mapping[str, Any]) -> int:

@@ -141,23 +141,24 @@ def _resolve_scope(scope: Scope, found: _Gathered) -> None:
             _claim(found, info)
             found.output_path += _output_path(scope, stack, output)
     found.claimed += [module for module in (table,) if module is not None]
+    spoken = list(found.output_path)  # what the model alone says, the interface may name a head
     found.output_path += [module for module in (output,) if module is not None]
     outer = Here(scope, found.draft, scope.model, scope.path, scope.config, ("heads",))
     heads: list[tuple[int, Found]] = []
-    for index, said in enumerate(scope.interface.heads):
-        head = outer.find(said, index)
+    for index, path in enumerate(scope.interface.heads):
+        head = outer.find(path, index)
         if head is not None:
             heads.append((index, head))
     inner = Here(scope, found.draft, scope.base, scope.base_path, scope.config, ("between",))
     between: dict[str, nn.Module] = {}
-    for index, said in enumerate(scope.interface.between):
-        module = inner.find(said, index)
+    for index, path in enumerate(scope.interface.between):
+        module = inner.find(path, index)
         if module is not None:
             found.claimed.append(module.module)
             found.between.append(module.path)
             between[module.path] = module.module
     _resolve_parts(scope, found)
-    taken = owners(found.draft, found.stacks, between, found.output_path) if heads else {}
+    taken = owners(found.draft, found.stacks, between, spoken) if heads else {}
     for index, head in heads:
         owner = owner_of(head.module, taken)
         if owner is not None:
