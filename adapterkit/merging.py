@@ -9,7 +9,7 @@ from torch import nn
 
 from adapterkit.adapter import Adapter
 from adapterkit.errors import PlanError, Problem
-from adapterkit.methods.weights import is_plain
+from adapterkit.methods.weights import is_plain, wide
 from adapterkit.model.blueprint import Blueprint, Slot
 
 Originals = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
@@ -44,7 +44,7 @@ def check(model: nn.Module, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def fold(model: nn.Module, adapter: Adapter) -> Originals:
-    """Fold an adapter into its hosts; computed in float32 at least and rounded once.
+    """Fold an adapter into its hosts; computed in float64 where there is one, and rounded once.
 
     All of them or none: what goes wrong on the way gives every host its bits back.
     """
@@ -65,9 +65,8 @@ def _fold_all(adapter: Adapter, originals: Originals) -> None:
         weight = host._parameters["weight"]
         assert weight is not None
         originals[path] = (weight.detach().clone(), None if bias is None else bias.detach().clone())
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        new_weight = (weight.t() if slots[0].transposed else weight).to(wide, copy=True)
-        new_bias = None if bias is None else bias.to(wide, copy=True)
+        new_weight = (weight.t() if slots[0].transposed else weight).to(wide(weight), copy=True)
+        new_bias = None if bias is None else bias.to(wide(weight), copy=True)
         for slot in slots:
             _fold_slot(adapter, slot, new_weight, new_bias)
         _check_range(slots, (weight, new_weight), (bias, new_bias))

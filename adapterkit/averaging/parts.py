@@ -11,6 +11,7 @@ from adapterkit.adapter import Adapter
 from adapterkit.errors import PlanError, Problem
 from adapterkit.methods.base import MethodConfig, Shared, Unit
 from adapterkit.methods.union import SharedUnion, UnionConfig
+from adapterkit.methods.weights import wide
 from adapterkit.model.blueprint import Slot
 
 
@@ -96,11 +97,6 @@ def _inside(index: int, key: str) -> str:
     """Key of a tensor in the union of which its method is a member."""
     head, _, rest = key.partition(".")
     return f"shared.members.{index}.{rest}" if head == "shared" else f"{index}:{key}"
-
-
-def wide(tensor: torch.Tensor) -> torch.dtype:
-    """Type in which averages of a tensor are computed."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def narrow(tensors: Iterable[torch.Tensor]) -> torch.dtype:

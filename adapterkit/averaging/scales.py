@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from adapterkit.averaging.matrices import combined
-from adapterkit.averaging.parts import How, Made, Part, narrow, refusal, wide
+from adapterkit.averaging.parts import How, Made, Part, narrow, refusal
 from adapterkit.averaging.selection import merged_selection
 from adapterkit.methods.base import Unit
 from adapterkit.methods.ia3 import IA3Config, Scale
+from adapterkit.methods.weights import wide
 from adapterkit.model.blueprint import Slot
 
 

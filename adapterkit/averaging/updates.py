@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from adapterkit.averaging.matrices import Factors, combined, factored, reduced
-from adapterkit.averaging.parts import How, Made, Part, narrow, refusal, wide
+from adapterkit.averaging.parts import How, Made, Part, narrow, refusal
 from adapterkit.averaging.selection import merged_selection, option
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.methods.base import Unit
 from adapterkit.methods.dora import DoRAConfig, Magnitude
 from adapterkit.methods.lora import LoRAConfig
-from adapterkit.methods.weights import readable, slot_weight
+from adapterkit.methods.weights import readable, slot_weight, wide
 from adapterkit.model.blueprint import Slot
 
 Own = list[tuple[Unit, float]]

@@ -121,7 +121,8 @@ class PrefixTuningConfig(MethodConfig):
                 assert isinstance(slot, Core) and isinstance(old, Prefix)
                 found[slot.address] = unit = FlatPrefix(slot, config, None)
                 unit.gates = old.gates
-                unit.key, unit.value = (nn.Parameter(tensor.clone()) for tensor in old.states())
+                with torch.autocast(old.weight.device.type, enabled=False):
+                    unit.key, unit.value = (nn.Parameter(tensor.clone()) for tensor in old.states())
                 unit.train(old.training)
         return config, found, None
 

@@ -41,6 +41,11 @@ def float_of(module: nn.Module) -> torch.dtype:
     return torch.float32 if own is None else own.dtype
 
 
+def wide(tensor: torch.Tensor) -> torch.dtype:
+    """Type in which new weights are computed from a tensor: float64, which no autocast and no TF32 rounds."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def in_rows(x: torch.Tensor) -> bool:
     """Whether the rows of x (..., D) lie one after another, by its strides even where there is only one.
 

@@ -153,3 +153,28 @@ def test_a_fusion_has_the_type_of_what_it_mixes(method: str, types: tuple[str, s
     assert far(run(model, given), run(exact, given)) < 0.05
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert far(run(model, given), run(exact, given)) < 0.05
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "dvora", "ia3", "prefix_tuning"])
+@pytest.mark.parametrize("row", ROWS)
+def test_new_weights_are_not_rounded_by_autocast(row: str, method: str) -> None:
+    """Merging and ejecting, as a training script does it that runs under autocast as a whole."""
+    model, given = tiny.build(row), tiny.inputs(row)
+    kit = attach(model, method)
+    before = run(model, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        kit.eject("a") if method == "prefix_tuning" else kit.merge("a")
+    assert far(run(model, given), before) < 1e-5
+    assert {p.dtype for p in kit["a"].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("strategy", ["linear", "svd", "ties"])
+def test_averages_are_not_rounded_by_autocast(strategy: str) -> None:
+    found = []
+    for enabled in (False, True):
+        kit = attach(tiny.build("bert"), "lora", seed=1)
+        attach(kit.model, "lora", "b", seed=2, activate=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            kit.average({"a": 0.3, "b": 0.7}, name="c", strategy=strategy)  # type: ignore[arg-type]
+        found.append(kit["c"].state_dict())
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
