@@ -347,7 +347,8 @@ class Kit(Named):
             case _:
                 setup = Fuse(*names, name=name)
         self._members.check_name(setup.name, replace=False, fusion=True)
-        made = fusing.config_of(fused := [self[child] for child in setup.fused], config)
+        fused = [self[child] for child in setup.fused]
+        made = fusing.config_of(fused, config)
         plan, draft = prepare(self.blueprint, made, setup.name, (), True, seed)
         fusing.cast(plan, draft, self.model, fused)
         return self._install(plan, draft, {}, {}, activate=False, trainable=trainable)
