@@ -73,7 +73,7 @@ def _stacked(site: Any, step: Lanes) -> tuple[LoRA, Stacked] | None:
     if compiling:
         return real[0], lora_lanes.stack(units)
     parameters = [unit._parameters for unit in real]
-    if not all(["A" in own for own in parameters]) or not keepable(_tensors(parameters)):
+    if not keepable(_tensors(parameters)):
         site.stacked.clear()
         return real[0], lora_lanes.stack(units, looked_at=not torch.is_grad_enabled())
     with torch.inference_mode(False), torch.no_grad():
@@ -103,8 +103,9 @@ def _unit(modules: Any, lane: Any) -> Any:
     return modules[lane[0]] if len(lane) == 1 and isinstance(lane[0], str) else False
 
 
-def _tensors(parameters: list[Any]) -> list[T]:
-    return [own["A"] for own in parameters] + [own["B"] for own in parameters]
+def _tensors(parameters: list[Any]) -> list[Any]:
+    """A and B of all; None for what is no parameter, as where a parametrisation computes it."""
+    return [own.get("A") for own in parameters] + [own.get("B") for own in parameters]
 
 
 def _rows(site: Any, index: T, each: int, stacked: Stacked) -> Rows:

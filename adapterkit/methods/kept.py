@@ -31,11 +31,14 @@ class Frozen:
 
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are unchanged, and not trained in this pass."""
-        if torch.is_grad_enabled() and any(map(_TRAINED, tensors)):
-            return False
         try:
+            if torch.is_grad_enabled() and any(map(_TRAINED, tensors)):
+                return False
             return _state(tensors) == self._state
-        except RuntimeError:  # those of torch.func have no place
+        except (
+            RuntimeError,
+            AttributeError,
+        ):  # those of torch.func have no place; None is no tensor any more
             return False
 
 

@@ -165,8 +165,9 @@ def name_of(interface: Interface) -> str | None:
     """Name under which exactly this interface is known, None for one from elsewhere."""
     registry = _registry()
     path = next((path for path, found in registry.loaded.items() if found is interface), None)
-    if path is not None:
-        return next((entry.name for entry in registry.entries.values() if entry.path == path), None)
+    for entry in registry.entries.values() if path is not None else ():
+        if entry.path == path:
+            return entry.name
     for model_type in interface.model_type or ():
         if model_type in registry.types and digest(by_name(model_type)) == digest(interface):
             return registry.types[model_type].name

@@ -119,6 +119,32 @@ def test_kept_weights_are_those_of_the_adapters(change: str) -> None:
         assert change == "double" or not torch.allclose(found, before[index], atol=1e-4)
 
 
+def test_kept_weights_are_left_where_others_are_computed() -> None:
+    """A parametrisation that is put on a matrix later takes the parameter away, and gives another one."""
+
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    model, kit, given = scene()
+    kit.freeze()
+
+    @torch.no_grad()
+    def states(setup: Setup, rows: Any = None) -> Tensor:
+        with kit.using(setup, rows=rows):
+            found: Tensor = model(**given).last_hidden_state
+        return found
+
+    before = states(ak.Route("a", "b"), ["b", None, "a"])
+    for unit in kit["a"].units.values():
+        nn.utils.parametrize.register_parametrization(unit, "A", Half())
+    found = states(ak.Route("a", "b"), ["b", None, "a"])
+    for row, name in enumerate(("b", None, "a")):
+        torch.testing.assert_close(found[row], states(name)[row], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[:2], before[:2], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[2], before[2], atol=1e-3)
+
+
 def test_kept_weights_are_not_those_of_an_adapter_that_was_replaced() -> None:
     model, kit, given = scene()
 
