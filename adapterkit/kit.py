@@ -159,9 +159,9 @@ class Kit(Named):
         trainable: bool,
     ) -> Kit:
         """Put a complete adapter into the model: all of it or nothing."""
-        self._refuse_merged("attach")
+        self._members.refuse_merged("attach")
         if trainable:
-            self._members.refuse_sharded(plan.slots[0].module)
+            self._members.refuse_late(plan.slots[0].module)
         old = self._adapters.get(plan.name)
         if old is not None:
             self._members.refuse_used("replace", self._active, plan.name)
@@ -213,7 +213,7 @@ class Kit(Named):
 
         Raises: PlanError: another thread is within a pass of the model.
         """
-        self._refuse_merged("activate")
+        self._members.refuse_merged("activate")
         setup, skipped = composition.read(setup), layers_of(skip_layers, "skip_layers")
         if self._programs(setup, skipped) is not self._runtime.programs:
             self._members.refuse_running("activate", self._active)
@@ -253,7 +253,7 @@ class Kit(Named):
         refuse_override(self.model)
         setup = composition.read(setup)
         with self._runtime.changing:
-            self._refuse_merged("using")
+            self._members.refuse_merged("using")
             own = self._programs(setup, layers_of(skip_layers, "skip_layers"))
             index = chosen(setup, rows, task_ids, next(self.model.parameters()).device)
             block = opened(self._runtime, own, setup, *index)
@@ -296,7 +296,7 @@ class Kit(Named):
         share everything. Make the optimizer after this: parameters are replaced.
         Raises: PlanError: they are of other methods, slots or shapes.
         """
-        self._refuse_merged("share")
+        self._members.refuse_altered("share")
         sharing.share(self._groups, names, self, self.blueprint)
         return self
 
@@ -307,7 +307,7 @@ class Kit(Named):
 
     def unshare(self, *names: str) -> Kit:
         """Give adapters (default: all that share) tensors of their own again, with the same numbers."""
-        self._refuse_merged("unshare")
+        self._members.refuse_altered("unshare")
         sharing.unshare(self._groups, names, self, self.blueprint)
         return self
 
@@ -319,6 +319,7 @@ class Kit(Named):
         Raises: PlanError: that is no type.
         """
         wanted = None if dtype is None else dtype_named(dtype)
+        self._members.refuse_sharded("to")
         for adapter in [self[member] for member in self._groups.of(self[name].name)]:
             for address, module in adapter.modules().items():  # a head has the type of the model's own
                 is_copy = address in adapter.heads or address in adapter.poolers
@@ -377,6 +378,7 @@ class Kit(Named):
         Raises: PlanError: the adapter has no prefix that is not flat.
         """
         adapter = self[name]
+        self._members.refuse_altered("eject")
         self._groups.refuse_shared(name, "eject")
         plan, draft = swapping.flat(adapter, self.blueprint)
         heads, poolers = self._members.kept(adapter)
@@ -411,7 +413,7 @@ class Kit(Named):
             head: average the task heads too.
         Raises: ConfigError, PlanError: nothing is changed then.
         """
-        self._refuse_merged("average")
+        self._members.refuse_altered("average")
         self._members.check_name(name, replace)
         how = averaging.how_of(strategy, rank, density, seed)
         weights = averaging.weights_of(adapters)
@@ -426,7 +428,7 @@ class Kit(Named):
     @property
     def merged(self) -> str | None:
         """Name of the adapter that is folded into the weights."""
-        return next((name for name, adapter in self._adapters.items() if adapter.merged), None)
+        return self._members.merged
 
     @alone
     def merge(self, name: str) -> Kit:
@@ -434,7 +436,7 @@ class Kit(Named):
 
         Raises: PlanError: it cannot be folded in exactly, or another thread is within a pass of the model.
         """
-        self._refuse_merged("merge")
+        self._members.refuse_altered("merge")
         adapter = self[name]
         self._members.refuse_used("merge", self._active)
         merging.check(self.model, adapter)
@@ -451,6 +453,7 @@ class Kit(Named):
         name = self.merged
         if name is None or self._originals is None:
             raise PlanError(Problem("not-merged", "no adapter is merged"))
+        self._members.refuse_sharded("unmerge")
         self._members.refuse_running("unmerge", name)
         merging.restore(self.model, self._originals)
         self._originals = None
@@ -466,8 +469,7 @@ class Kit(Named):
             is changed then.
         """
         adapter = self[name]
-        if self.merged not in (None, name):
-            self._refuse_merged("merge_and_detach")
+        self._members.refuse_altered("merge_and_detach", name)
         self._members.check_unwrapped()
         self._members.refuse_used("merge_and_detach", self._active)
         if not adapter.merged:
@@ -494,7 +496,7 @@ class Kit(Named):
         self._members.refuse_used("detach", self._active, name)
         if adapter.merged:
             self.unmerge()
-        self._refuse_merged("detach")
+        self._members.refuse_merged("detach")
         fusing.refuse_used(name, self._adapters, "detach")
         if len(self._adapters) == 1:
             self._take_all()
@@ -506,12 +508,6 @@ class Kit(Named):
     def _take_all(self) -> None:
         self._members.take_all()
         self._active = None
-
-    def _refuse_merged(self, verb: str) -> None:
-        """Refuse what has no meaning while an adapter is folded into the weights. Raises: PlanError."""
-        if self.merged:
-            message = f"{self.merged!r} is merged into the weights"
-            raise PlanError(Problem("merged", message, verb, "kit.unmerge() first"))
 
     # -- files and reports
 
@@ -556,7 +552,7 @@ class Kit(Named):
 
         Raises: FileFormatError: the file holds another method, slots or shapes; nothing is changed.
         """
-        self._refuse_merged("swap")
+        self._members.refuse_altered("swap")
         found = reader.read(
             path, self.blueprint, revision=revision, local_files_only=False, allow_bin=allow_bin
         ).contents
@@ -578,7 +574,7 @@ class Kit(Named):
         setup = self.active
         if setup is None:
             raise NotAttachedError(Problem("not-active", "no adapter is active", "verify"))
-        self._refuse_merged("verify")
+        self._members.refuse_altered("verify")
         # the adapters that are fused are not trained with the fusion
         own = [self[name] for name in names(setup)][: 1 if isinstance(setup, Fuse) else None]
         return examine(self.model, trained(own), inputs)

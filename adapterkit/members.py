@@ -64,6 +64,16 @@ def _concerns(active: Setup | None, own: Sequence[str]) -> bool:
     return not own or not set(own).isdisjoint(names(active))
 
 
+def _joined() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_group(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called with a module."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
 class Members:
     """Adapters in a model by name, the entries of its stacks, and the model's own switches from before."""
 
@@ -122,16 +132,45 @@ class Members:
             )
             raise PlanError(Problem("in-use", message, verb, expected))
 
-    def refuse_sharded(self, host: nn.Module) -> None:
+    @property
+    def merged(self) -> str | None:
+        """Name of the adapter that is folded into the weights."""
+        return next((name for name, adapter in self.adapters.items() if adapter.merged), None)
+
+    def refuse_altered(self, verb: str, own: str | None = None) -> None:
+        """Refuse what reads tensors, or puts others in their place, where those of the model are not as they
+        were: an adapter (but `own`) is merged, or they are sharded. Raises: PlanError.
+        """
+        if self.merged != own:
+            self.refuse_merged(verb)
+        self.refuse_sharded(verb)
+
+    def refuse_merged(self, verb: str) -> None:
+        """Refuse what has no meaning while an adapter is folded into the weights. Raises: PlanError."""
+        if self.merged:
+            message = f"{self.merged!r} is merged into the weights"
+            raise PlanError(Problem("merged", message, verb, "kit.unmerge() first"))
+
+    def refuse_sharded(self, verb: str) -> None:
+        """Refuse what needs whole tensors where this process holds parts of them. Raises: PlanError.
+
+        After a pass some are whole for a while; what is done to those is lost when they are parted again.
+        """
+        own = (tensor for adapter in self.adapters.values() for tensor in adapter.parameters())
+        if _joined() and (any(map(_is_group, self.model.modules())) or any(map(is_sharded, own))):
+            message = "the model is sharded: this process holds a part of its tensors"
+            expected = "the same call before sharding, or on what ak.load takes out of a full checkpoint"
+            raise PlanError(Problem("sharded", message, verb, expected))
+
+    def refuse_late(self, host: nn.Module) -> None:
         """Refuse an adapter to be trained in a model that is sharded already: no group would know it.
 
         Raises: PlanError.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        cls = next((c for c in type(self.model).__mro__ if c.__name__ == "FSDPModule"), None)
         firsts = (next(module.parameters(), None) for module in (host, self.model))
-        if cls is not None or any(found is not None and is_sharded(found) for found in firsts):
+        if _joined() and (
+            _is_group(self.model) or any(found is not None and is_sharded(found) for found in firsts)
+        ):
             message = (
                 "the model is sharded: an adapter that comes later would be trained apart in each process"
             )
@@ -301,14 +340,14 @@ def _refuse_merged_state(model: nn.Module, prefix: str, keep_vars: bool) -> None
     """State-dict pre-hook: weights with an adapter folded in are not the base model's."""
     kit = model.__dict__.get(ATTRIBUTE)
     if kit is not None:
-        kit._refuse_merged("state_dict")
+        kit._members.refuse_merged("state_dict")
 
 
 def _refuse_merged_load(model: nn.Module, *rest: Any) -> None:
     """Load-state-dict pre-hook: what is loaded into merged weights would be gone after `unmerge`."""
     kit = model.__dict__.get(ATTRIBUTE)
     if kit is not None:
-        kit._refuse_merged("load_state_dict")
+        kit._members.refuse_merged("load_state_dict")
 
 
 def _part_shared(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -118,6 +118,13 @@ def test_shards_are_not_written_as_an_adapter(tmp_path: Path) -> None:
     assert len(losses) and all(torch.allclose(tensors[key], trained[key], atol=1e-5) for key in trained)
 
 
+def test_shards_are_not_merged_or_replaced(tmp_path: Path) -> None:
+    """In one group a pass leaves all tensors whole; what is done to them then is lost with them."""
+    for codes, moved in spawn(workers.sharded_verbs, "lora", tmp_path):
+        assert codes == ["sharded"] * 18
+        assert moved == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("method", ["prefix_tuning", "unipelt"])
 def test_what_layers_share_is_sharded_with_one_of_them(method: str, tmp_path: Path) -> None:
     assert spawn(workers.sharded_prefix, method, tmp_path) == [["shared-apart", ""]] * workers.WORLD

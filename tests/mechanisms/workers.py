@@ -185,6 +185,39 @@ def sharded_files(rank: int, port: int, directory: str, method: str) -> None:
     finish(rank, directory, (codes, kept, tensors))
 
 
+def sharded_verbs(rank: int, port: int, directory: str, method: str) -> None:
+    """What reads or replaces tensors, while they are parted and while a pass has left them whole."""
+    join(rank, port)
+    before = Path(directory) / f"before{rank}"
+    codes, moved = [], []
+    for whole_for_a_while in (False, True):
+        model, given = prepared(method)
+        kit = ak.of(model)
+        kit.save(before, "a")
+        attach(model, method, "b", seed=1, head=False)
+        kit.activate("a")
+        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        with torch.no_grad():
+            start = model(**given)["logits"]
+        if not whole_for_a_while:
+            model.reshard()
+        codes += [
+            code_of(lambda kit=kit: kit.merge("a")),
+            code_of(lambda kit=kit: kit.merge_and_detach("a")),
+            code_of(lambda kit=kit: kit.average(["a", "b"], name="c")),
+            code_of(lambda kit=kit: kit.share("a", "b")),
+            code_of(lambda kit=kit: kit.unshare("a")),
+            code_of(lambda kit=kit: kit.swap("a", before)),
+            code_of(lambda kit=kit, given=given: kit.verify(**given)),
+            code_of(lambda kit=kit: kit.eject("a")),
+            code_of(lambda kit=kit: kit.to("a", dtype="float64")),
+        ]
+        model.reshard()
+        with torch.no_grad():
+            moved.append((model(**given)["logits"] - start).abs().max().item())
+    finish(rank, directory, (codes, moved))
+
+
 def sharded_prefix(rank: int, port: int, directory: str, method: str) -> None:
     """In a layer for itself the MLP of all is sharded where others ask for it; in one group it is not."""
     join(rank, port)
