@@ -21,7 +21,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel or a compiled wrapper.
+    """The model inside DDP, DataParallel, FSDP or a compiled wrapper.
 
     Raises: ConfigError: it is no module.
     """
@@ -29,9 +29,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         message = f"a model is a torch.nn.Module, not {type(model).__name__}"
         raise ConfigError(Problem("not-a-module", message, "model", "such as AutoModel.from_pretrained(...)"))
     while ATTRIBUTE not in model.__dict__:
-        inner = model._modules.get("_orig_mod") or (
-            model._modules.get("module") if isinstance(model, _WRAPPERS) else None
-        )
+        names = ("_orig_mod", "_fsdp_wrapped_module", *(("module",) if isinstance(model, _WRAPPERS) else ()))
+        inner = next((found for name in names if (found := model._modules.get(name)) is not None), None)
         if inner is None:
             return model
         model = inner
@@ -39,7 +38,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def of(model: nn.Module) -> Kit:
-    """The kit of a model, seen through DDP, DataParallel and compiled wrappers.
+    """The kit of a model, seen through DDP, DataParallel, FSDP and compiled wrappers.
 
     Raises: NotAttachedError: nothing is attached.
     """

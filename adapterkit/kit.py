@@ -97,6 +97,8 @@ class Kit(Named):
         """Add an adapter; see `adapterkit.attach`."""
         config = parse(method)
         self._members.check_name(name, replace)
+        if trainable:
+            self._members.refuse_late(self.model)  # before weights are read
         heads = self._heads(head)
         plan, draft = prepare(self.blueprint, config, name, heads, strict, seed)
         cast(plan, draft, self.model, dtype)
@@ -164,6 +166,7 @@ class Kit(Named):
             self._members.refuse_late(plan.slots[0].module)
         old = self._adapters.get(plan.name)
         if old is not None:
+            self._members.refuse_sharded("replace")
             self._members.refuse_used("replace", self._active, plan.name)
         adapter = Adapter.made(plan, draft, heads, poolers)
         before = dict(self._adapters), self.shared
@@ -484,8 +487,9 @@ class Kit(Named):
     def detach(self, name: str | None = None) -> nn.Module:
         """Remove one adapter, or all: the model is as if they had never been attached.
 
-        Raises: PlanError: a block of `using`, or a pass in another thread, lets it act.
+        Raises: PlanError: a block of `using`, or a pass in another thread, lets it act; the model is sharded.
         """
+        self._members.refuse_sharded("detach")
         if name is None:
             self._members.refuse_used("detach", self._active, *self)
             if self.merged:

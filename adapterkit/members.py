@@ -22,7 +22,7 @@ from adapterkit.inject.state import NAME, part_tensors, place_tensors
 from adapterkit.methods.base import run_again
 from adapterkit.methods.targets import shared_embeddings
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.walk import ATTRIBUTE, is_sharded, parameters
+from adapterkit.model.walk import ATTRIBUTE, is_managed, is_sharded, parameters
 from adapterkit.passes import others_within
 from adapterkit.runtime import Programs, Runtime
 
@@ -67,11 +67,6 @@ def _concerns(active: Setup | None, own: Sequence[str]) -> bool:
 def _joined() -> bool:
     """Whether this process is one of several."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _is_group(module: nn.Module) -> bool:
-    """Whether `fully_shard` was called with a module."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 class Members:
@@ -157,7 +152,7 @@ class Members:
         After a pass some are whole for a while; what is done to those is lost when they are parted again.
         """
         own = (tensor for adapter in self.adapters.values() for tensor in adapter.parameters())
-        if _joined() and (any(map(_is_group, self.model.modules())) or any(map(is_sharded, own))):
+        if _joined() and (any(map(is_managed, self.model.modules())) or any(map(is_sharded, own))):
             message = "the model is sharded: this process holds a part of its tensors"
             expected = "the same call before sharding, or on what ak.load takes out of a full checkpoint"
             raise PlanError(Problem("sharded", message, verb, expected))
@@ -167,10 +162,10 @@ class Members:
 
         Raises: PlanError.
         """
+        if not _joined():
+            return
         firsts = (next(module.parameters(), None) for module in (host, self.model))
-        if _joined() and (
-            _is_group(self.model) or any(found is not None and is_sharded(found) for found in firsts)
-        ):
+        if is_managed(self.model) or any(found is not None and is_sharded(found) for found in firsts):
             message = (
                 "the model is sharded: an adapter that comes later would be trained apart in each process"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import FileFormatError, Problem
-from adapterkit.model.walk import is_sharded
+from adapterkit.model.walk import is_managed, is_sharded
 
 
 def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -33,12 +33,19 @@ def state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def refuse_parted(module: nn.Module, address: str) -> None:
+    """Refuse a module of which this process holds parts, whatever they look like. Raises: FileFormatError."""
+    empty = any(not parameter.numel() for parameter in module.parameters())  # DeepSpeed, between passes
+    if is_managed(module) or empty:
+        raise FileFormatError(Problem("sharded", _PARTED, address, _WHOLE))
+
+
 def refuse_unwritable(values: Mapping[str, Any]) -> None:
     """Refuse parts, and what holds no numbers or others in their place. Raises: FileFormatError."""
     problems = []
     for key, value in values.items():
         if isinstance(value, torch.Tensor) and is_sharded(value):
-            problems.append(Problem("sharded", "is sharded: this process holds a part of it", key, _WHOLE))
+            problems.append(Problem("sharded", _PARTED, key, _WHOLE))
         elif not isinstance(value, torch.Tensor) or hasattr(type(value), "__tensor_flatten__"):
             message = "is quantised, so that its own numbers are not there to write"
             problems.append(Problem("weight-unreadable", message, key))
@@ -54,4 +61,5 @@ def refuse_away(tensors: Mapping[str, torch.Tensor]) -> None:
         raise FileFormatError(away)
 
 
+_PARTED = "is sharded: this process holds a part of it"
 _WHOLE = "a full checkpoint of the model (get_model_state_dict, full_state_dict=True), which ak.load reads"

@@ -11,7 +11,7 @@ from adapterkit.composition import names
 from adapterkit.errors import ConfigError, Problem
 from adapterkit.files import adapterhub, native, peft, reader, setups
 from adapterkit.files.content import Bundle
-from adapterkit.files.present import refuse_unwritable
+from adapterkit.files.present import refuse_parted, refuse_unwritable
 from adapterkit.methods.fusion import FusionConfig
 from adapterkit.model.blueprint import Blueprint
 
@@ -64,4 +64,5 @@ def write_setup(
 
 def _refuse_unwritable(adapter: Adapter) -> None:
     for address, module in adapter.modules().items():
+        refuse_parted(module, address)
         refuse_unwritable({f"{address}.{name}": value for name, value in module.state_dict().items()})

@@ -16,7 +16,7 @@ from adapterkit.methods.base import Helper, Unit
 from adapterkit.methods.lora import Gate
 from adapterkit.methods.weights import PLAIN
 from adapterkit.model.blueprint import Blueprint, Head, Slot
-from adapterkit.model.walk import CHILD, is_sharded, tensors
+from adapterkit.model.walk import CHILD, is_managed, is_sharded, tensors
 from adapterkit.planning import Draft, Plan
 from adapterkit.runtime import Runtime
 
@@ -103,7 +103,7 @@ def copy_head(module: nn.Module) -> nn.Module:
 
     Raises: PlanError: it is sharded; no group would know the copy.
     """
-    if any(is_sharded(tensor) for tensor in module.parameters()):
+    if is_managed(module) or any(is_sharded(tensor) for tensor in module.parameters()):
         message = "the model is sharded: its task heads cannot be copied for an adapter"
         expected = "attach and load first, then shard; or head=False"
         raise PlanError(Problem("sharded-before", message, "head", expected))

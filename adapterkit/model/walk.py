@@ -22,6 +22,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "device_mesh", None) is not None
 
 
+def is_managed(module: nn.Module) -> bool:
+    """Whether torch shards the tensors of a module (FSDP, `fully_shard`): parts, whole for a pass only."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
 def parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """The parameters of a model without those of adapters, each once: its module, its name there, itself.
 

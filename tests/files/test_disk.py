@@ -101,3 +101,13 @@ def test_what_is_in_the_way_is_kept(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError) as caught:
         ak.load(build("bert"), "")
     assert caught.value.code == "not-found"
+
+
+def test_tensors_that_are_elsewhere_are_not_written(tmp_path: Path) -> None:
+    """As ZeRO-3 leaves them between passes: empty, on the device where they were."""
+    kit = ak.attach(build("bert"), "lora", name="a")
+    kit["a"].units["encoder.0.attention.q"].A.data = torch.empty(0)
+    for format in ("adapterkit", "adapterhub", "peft"):
+        with pytest.raises(FileFormatError) as error:
+            kit.save(tmp_path / "a", format=format)
+        assert error.value.code == "sharded" and not (tmp_path / "a").exists()

@@ -71,10 +71,10 @@ def test_data_parallel(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "dora"])
 def test_fully_sharded(method: str, tmp_path: Path) -> None:
-    """Sharding swaps classes too: detach refuses, it would take sharded tensors out of their groups."""
+    """Detaching would take tensors out of their groups: it is refused."""
     found = spawn(workers.sharded, method, tmp_path)
     compare([each[:4] for each in found], method)
-    assert [each[4] for each in found] == ["wrapped-on-top"] * workers.WORLD
+    assert [each[4] for each in found] == ["sharded"] * workers.WORLD
 
 
 def test_adapters_that_come_late(tmp_path: Path) -> None:
@@ -118,10 +118,27 @@ def test_shards_are_not_written_as_an_adapter(tmp_path: Path) -> None:
     assert len(losses) and all(torch.allclose(tensors[key], trained[key], atol=1e-5) for key in trained)
 
 
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "seq_bn", "noreft[dropout=0.0]", "prefix_tuning_flat", "prompt_tuning"]
+)
+def test_flattened_shards(method: str, tmp_path: Path) -> None:
+    """Their tensors are empty in one process and another's in the next, and are no DTensors."""
+    found = spawn(workers.flattened, method, tmp_path)
+    losses, _, tensors = alone(method)
+    assert torch.allclose(torch.tensor([each[0] for each in found]).mean(0), torch.tensor(losses), atol=1e-5)
+    for _, codes, logits, saved in found:
+        assert codes == ["sharded"] * 4 + ["sharded-before"] and not saved
+        assert torch.allclose(logits, bare(), atol=1e-5)
+    kit = ak.load(tiny.build("bert", workers.CLS), tmp_path / "checkpoint")
+    trained = dict(kit["a"].named_parameters())
+    assert trained.keys() == tensors.keys()
+    assert all(torch.allclose(trained[key], value, atol=1e-5) for key, value in tensors.items())
+
+
 def test_shards_are_not_merged_or_replaced(tmp_path: Path) -> None:
     """In one group a pass leaves all tensors whole; what is done to them then is lost with them."""
     for codes, moved in spawn(workers.sharded_verbs, "lora", tmp_path):
-        assert codes == ["sharded"] * 18
+        assert codes == ["sharded"] * 20
         assert moved == [0.0, 0.0]
 
 

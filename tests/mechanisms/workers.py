@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -210,12 +211,40 @@ def sharded_verbs(rank: int, port: int, directory: str, method: str) -> None:
             code_of(lambda kit=kit: kit.swap("a", before)),
             code_of(lambda kit=kit, given=given: kit.verify(**given)),
             code_of(lambda kit=kit: kit.eject("a")),
+            code_of(lambda kit=kit: kit.detach("b")),
             code_of(lambda kit=kit: kit.to("a", dtype="float64")),
         ]
         model.reshard()
         with torch.no_grad():
             moved.append((model(**given)["logits"] - start).abs().max().item())
     finish(rank, directory, (codes, moved))
+
+
+def flattened(rank: int, port: int, directory: str, method: str) -> None:
+    """The older kind of shards, a wrapper that puts the tensors of a module into one."""
+    join(rank, port)
+    model, given = prepared(method)
+    layers = ModuleWrapPolicy({type(model.bert.encoder.layer[0])})
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=layers, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    kit = ak.of(wrapped)
+    losses = optimise(wrapped, share(given, rank))
+    codes = [
+        code_of(lambda: kit.save(Path(directory) / "saved")),
+        code_of(lambda: kit.merge("a")),
+        code_of(lambda: kit.average(["a"], name="b")),
+        code_of(kit.detach),
+        code_of(lambda: ak.attach(wrapped, method, name="late", head=False)),
+    ]
+    # with cpu_offload torch 2.13 crashes here, on a model without adapters too
+    whole_state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        (Path(directory) / "checkpoint").mkdir()
+        save_file(whole_state, Path(directory) / "checkpoint" / "model.safetensors")
+    with kit.disabled(), torch.no_grad():
+        bare = wrapped(**given)["logits"]
+    finish(rank, directory, (losses, codes, bare, (Path(directory) / "saved").exists()))
 
 
 def sharded_prefix(rank: int, port: int, directory: str, method: str) -> None:
