@@ -40,13 +40,15 @@ def parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found.append((module, name, parameter))
-        for name, below in module._modules.items():
-            if below is not None and name != CHILD:
-                stack.append(below)
+        if own := module._parameters:
+            for name, parameter in own.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found.append((module, name, parameter))
+        if inside := module._modules:
+            for name, below in inside.items():
+                if below is not None and name != CHILD:
+                    stack.append(below)
     return found
 
 

@@ -41,11 +41,12 @@ class _Registry:
     entries: dict[str, Entry] = field(default_factory=dict)
     types: dict[str, Entry] = field(default_factory=dict)
     """Model type -> who describes it; a file that takes another's name takes only the types that it says."""
+    files: dict[Path, Entry] = field(default_factory=dict)
     loaded: dict[Path, Interface] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
         declared = read(entry.path).data.get("model_type")
-        self.entries[entry.name] = entry
+        self.entries[entry.name] = self.files[entry.path] = entry
         self.loaded.clear()
         for model_type in declared if isinstance(declared, list) else [declared]:
             if isinstance(model_type, str):
@@ -165,9 +166,9 @@ def name_of(interface: Interface) -> str | None:
     """Name under which exactly this interface is known, None for one from elsewhere."""
     registry = _registry()
     path = next((path for path, found in registry.loaded.items() if found is interface), None)
-    for entry in registry.entries.values() if path is not None else ():
-        if entry.path == path:
-            return entry.name
+    entry = registry.files.get(path) if path is not None else None
+    if entry is not None and registry.entries.get(entry.name) is entry:
+        return entry.name
     for model_type in interface.model_type or ():
         if model_type in registry.types and digest(by_name(model_type)) == digest(interface):
             return registry.types[model_type].name
