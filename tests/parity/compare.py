@@ -50,7 +50,7 @@ def run(case: Case, work: Path) -> Result:
         if not _agrees(case, model, expected, *worst):
             return Result("wrong", "", *worst)
         kit.merge("a")
-        worst = max([*differences(case, model, expected), *merged(model, expected)])
+        worst = max([*differences(case, model, expected), *merged(case, model, expected)])
     else:
         worst = max(differences(case, model, expected))
     return Result("agree" if _agrees(case, model, expected, *worst) else "wrong", "", *worst)
@@ -245,9 +245,20 @@ def _largest(difference: Tensor, inputs: Mapping[str, Tensor]) -> float:
     return off.max().item()
 
 
-def merged(model: nn.Module, expected: Mapping[str, Tensor]) -> Iterator[tuple[float, str]]:
+def merged(case: Case, model: nn.Module, expected: Mapping[str, Tensor]) -> Iterator[tuple[float, str]]:
     """(largest absolute difference, name) of every weight that the recorder's merge changed."""
-    here = dict(model.named_parameters())
+    here, renamed = dict(model.named_parameters()), {}
     for name, want in expected.items():
         if name.startswith("merged/"):
-            yield (here[name.removeprefix("merged/")] - want).abs().max().item(), name
+            own = name.removeprefix("merged/")
+            if own not in here:  # newer versions have other names for it, and read it from the old ones
+                renamed = renamed or _renamed(case)
+                own = renamed[own]
+            yield (here[own] - want).abs().max().item(), name
+
+
+def _renamed(case: Case) -> dict[str, str]:
+    """Name of each recorded weight -> that of the parameter into which it is loaded."""
+    fresh, old = base(case, "eager").named_parameters(), load_file(case.base / "model.safetensors")
+    places = {value.sum().item(): name for name, value in fresh}
+    return {name: places[value.sum().item()] for name, value in old.items() if value.sum().item() in places}
