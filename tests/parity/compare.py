@@ -49,7 +49,10 @@ def run(case: Case, work: Path) -> Result:
         worst = max([*differences(case, model, expected)])
         if not _agrees(case, model, expected, *worst):
             return Result("wrong", "", *worst)
-        kit.merge("a")
+        try:
+            kit.merge("a")
+        except ak.errors.PlanError as error:
+            return Result("refused", error.code)
         worst = max([*differences(case, model, expected), *merged(case, model, expected)])
     else:
         worst = max(differences(case, model, expected))
