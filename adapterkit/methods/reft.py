@@ -48,6 +48,11 @@ class ReFTConfig(MethodConfig):
     subtract_projection: bool = Field(
         default=True, description="the present state in the subspace is taken out"
     )
+    into_padding: bool = Field(
+        default=False,
+        description="where an example is shorter than its prefix, positions of padding behind it are edited "
+        "as well, as AdapterHub's library does",
+    )
     tied_weights: bool = Field(default=False, description="one intervention for prefix and suffix")
     non_linearity: str | None = Field(default=None, description="activation of the learned source")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on edited states, in training")
@@ -232,9 +237,9 @@ def _late(mask: Any, past: int) -> int | None:
 class ReFT(Unmergeable):
     """Edit the first and last positions of every example behind one layer.
 
-    Positions are counted by the stack's own mask, from its first one on; padding is never edited. Under a
-    cache only the first step is edited, since its positions are those of the prompt. Where both overlap, the
-    suffix is taken.
+    Positions are counted by the stack's own mask, from its first one on; padding is not edited, but where
+    `into_padding` says so. Under a cache only the first step is edited, since its positions are those of the
+    prompt. Where both overlap, the suffix is taken.
     Shapes: h (B, T, D) -> (B, T, D).
     """
 
@@ -272,7 +277,8 @@ class ReFT(Unmergeable):
         begin, end = spans(flow.get(f"{self.stack}.mask"), h)
         result = h
         if config.prefix_positions:
-            result = edit(h, result, self.prefix, begin, begin, end, min(config.prefix_positions, length))
+            behind = torch.full_like(end, length) if config.into_padding else end
+            result = edit(h, result, self.prefix, begin, begin, behind, min(config.prefix_positions, length))
         if config.suffix_positions:
             count = min(config.suffix_positions, length)
             unit = self.prefix if config.tied_weights and config.prefix_positions else self.suffix

@@ -54,7 +54,10 @@ class AdapterHub(Model):
     own_adapters: Literal["kept", "removed"] = Field(
         "kept", description="whether their library takes adapters of the model's own out of it"
     )
-    parallel: bool = Field(False, description="their library has Parallel on this family")
+    parallel: bool | Literal["branches"] = Field(
+        False,
+        description="their library has Parallel on this family; branches: not of what changes q, k or v",
+    )
     when: When | None = Field(None, description="config fields under which their numbers can be had")
     refused: Reason | None = Field(None, description="why their numbers cannot be reproduced on this family")
 

@@ -34,6 +34,7 @@ OPTIONS = [
     {"prefix_positions": 2, "suffix_positions": 2},
     {"prefix_positions": 4, "suffix_positions": 3, "tied_weights": True},
     {"prefix_positions": 0, "suffix_positions": 2},
+    {"prefix_positions": 20, "into_padding": True},
 ]
 KINDS = {"loreft": (True, True), "noreft": (False, True), "direft": (False, False)}
 
@@ -77,6 +78,7 @@ def test_layers_give_what_layers_edited_by_hand_give(row: str, options: dict[str
     for stack, path in stacks.items():
         for index, layer in enumerate(plain.get_submodule(path)):
             mask = given[masks[stack]]
+            mask = mask.cummax(dim=1).values if options.get("into_padding") else mask
             layer.register_forward_hook(edit(kit, f"{stack}.{index}.layer", options, kind, mask))
     found, expected = run(model, given), run(plain, given)
     near = 1e-5 if row == "llama" else 1e-9

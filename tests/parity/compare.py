@@ -241,6 +241,7 @@ def called(case: Case, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
 def _largest(difference: Tensor, inputs: Mapping[str, Tensor]) -> float:
     """The largest of the differences that mean something: a padded query on the left attends to nothing."""
     off, mask = difference.abs(), inputs.get("attention_mask")
+    mask = None if mask is None else mask.cummax(dim=1).values
     if mask is not None and off.shape[0] > len(mask):
         mask = mask.repeat(off.shape[0] // len(mask), 1)  # examples are there once for each adapter
     if mask is not None and off.shape[:2] == mask.shape:

@@ -73,6 +73,18 @@ def test_a_model_whose_own_adapters_leave_more_behind_than_a_norm(
     assert error.address in option
 
 
+@pytest.mark.parametrize(("count", "fits"), [(5, True), (6, False)])
+def test_positions_that_one_of_two_towers_lacks(count: int, fits: bool, tmp_path: Path) -> None:
+    """Their library edits as many tokens of a text as an image has patches, and one."""
+    case = Case(COMPACT, "clip", "CLIPModel", "loreft")
+    model, directory = base(case, "eager"), edited(case, tmp_path, config={"prefix_positions": count})
+    if fits:
+        assert ak.load(model, directory, head=False)["a"].config.prefix_positions == count
+    else:
+        error = refused(model, directory)
+        assert (error.code, error.address) == ("not-reproducible", "prefix_positions")
+
+
 # ---------------------------------------------------------------------------------------------- tensors
 
 

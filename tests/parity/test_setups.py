@@ -132,6 +132,17 @@ def test_setups_that_are_refused(setup: dict[str, Any], code: str, tmp_path: Pat
     assert "_adapterkit" not in model.__dict__
 
 
+def test_a_family_whose_batch_grows_within_attention(tmp_path: Path) -> None:
+    """Their library has cut heads for the old batch then, and takes the examples of others for tokens."""
+    case = Case(COMPACT, "vit", "ViTModel", "lora_all")
+    with pytest.raises(FileFormatError) as caught:
+        ak.load(base(case, "eager"), setup_directory(case, tmp_path, block("Parallel", "a", "a")))
+    assert caught.value.code == "not-reproducible"
+    assert "attention.q" in str(caught.value)
+    kit = ak.load(base(case, "eager"), setup_directory(case, tmp_path, block("Stack", "a")))
+    assert kit.active == ak.Stack("a")
+
+
 def test_their_heads_are_not_dropped_in_silence(tmp_path: Path) -> None:
     directory = nested(tmp_path, {"type": "Stack", "children": ["a", "b"]})
     file = directory / "adapter_setup.json"

@@ -130,6 +130,7 @@ LEFT: list[tuple[str, tuple[str, ...], Any, str, str]] = [
     ),
     ("bert", ("prompt_tuning", "prompt_tuning"), ak.Stack(A, B), "not-in-format", "insert"),
     ("gpt2", ("lora", "lora"), ak.Parallel(A, B), "not-in-format", "acts alone only"),
+    ("vit", ("lora", "lora"), ak.Parallel(A, B), "not-in-format", "mixes the examples"),
     ("phi3", ("lora", "lora"), ak.Parallel(A, B), "not-in-adapterhub", "phi3"),
 ]
 """Rows, methods of a, b and c, a setup, and why it cannot be written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.reft import ReFTConfig
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.branches import layer_slots
+from adapterkit.model.conventions import patches
 
 
 class ReFTFile(BaseModel):
@@ -77,6 +79,15 @@ class ReFTMember(Member):
         if theirs.suffix_positions and len({address.rpartition(".")[0] for address in self.widths}) > 1:
             message = "AdapterHub takes the last positions of one stack for those of the others"
             yield Problem("not-reproducible", message, "suffix_positions")
+        if theirs.prefix_positions > self._room():
+            message = "AdapterHub takes the positions of one stack for those of the others, which has fewer"
+            yield Problem("not-reproducible", message, "prefix_positions", f"at most {self._room():g}")
+
+    def _room(self) -> float:
+        """Positions of the shortest of several stacks, as far as configs say them: those of images."""
+        stacks = {address.rpartition(".")[0] for address in self.widths}
+        infos = [self.blueprint.stacks[stack] for stack in stacks if len(stacks) > 1]
+        return min([patches(info.root) for info in infos if info.inputs.ids is None], default=math.inf)
 
     def wanted(self, given: Keyed) -> dict[Host, Shapes]:
         return {("reft", address): self._shapes(width) for address, width in self.widths.items()}
@@ -110,6 +121,7 @@ class ReFTMember(Member):
             suffix_positions=theirs.suffix_positions,
             orthogonal=theirs.orthogonality,
             subtract_projection=theirs.subtract_projection,
+            into_padding=True,
             tied_weights=theirs.tied_weights,
             non_linearity=None if theirs.non_linearity is None else theirs.non_linearity.lower(),
             dropout=theirs.dropout,

@@ -11,7 +11,7 @@ from adapterkit.composition import Fuse, Setup, blocks, from_dict, names
 from adapterkit.errors import CompositionError, FileFormatError, Problem
 from adapterkit.files.adapterhub import fusion, reader
 from adapterkit.files.adapterhub.setup_options import idle, repeated
-from adapterkit.files.adapterhub.setup_refusals import in_parts, refusals, unlike
+from adapterkit.files.adapterhub.setup_refusals import refusals, repeating, unlike
 from adapterkit.files.content import Bundle, Content
 from adapterkit.files.disk import read_json
 from adapterkit.model.blueprint import Blueprint
@@ -80,5 +80,5 @@ def together(setup: Setup, contents: Mapping[str, Content], blueprint: Blueprint
     Raises: FileFormatError: no option says it.
     """
     problems = [*refusals(setup, contents), *unlike(setup, contents, blueprint)]
-    reader.refuse([*problems, *in_parts(setup, blueprint)])
+    reader.refuse([*problems, *repeating(setup, contents, blueprint)])
     return idle(setup, repeated(setup, contents))

@@ -17,6 +17,7 @@ from adapterkit.composition import (
     names,
 )
 from adapterkit.errors import Problem
+from adapterkit.files.adapterhub.places import hub_of
 from adapterkit.files.content import Content
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.bottleneck import BottleneckConfig
@@ -37,6 +38,8 @@ Methods = Mapping[str, tuple[MethodConfig, ...]]
 FIRST_ONLY = (ReFTConfig, InvertibleConfig, PromptTuningConfig)
 """Of these, theirs runs that of the first adapter, for all examples, and no other."""
 _LOW_RANK = (LoRAConfig, VeRAConfig)
+HEADS = ("q", "k", "v")
+"""Roles of maps that theirs cuts into heads."""
 _SELECTING = ("layers", "leave_out", "encoder_prefix", "cross_prefix")
 
 
@@ -122,13 +125,20 @@ def _times(setup: Setup, name: str) -> int:
     return int(setup == name)
 
 
-def in_parts(setup: Setup, blueprint: Blueprint) -> Iterator[Problem]:
-    """What theirs computes otherwise in a model that is made of others."""
-    repeats = any(isinstance(block, Parallel) for block in blocks(setup))
-    if repeats and any("/" in stack for stack in blueprint.stacks):
-        yield problem(
-            "Parallel of AdapterHub repeats the batch in each of the models that this one is made of"
-        )
+def repeating(setup: Setup, contents: Mapping[str, Content], blueprint: Blueprint) -> Iterator[Problem]:
+    """What a Parallel of theirs computes otherwise in this model."""
+    for block in blocks(setup):
+        if not isinstance(block, Parallel):
+            continue
+        if any("/" in stack for stack in blueprint.stacks):
+            yield problem(
+                "Parallel of AdapterHub repeats the batch in each of the models that this one is made of"
+            )
+        told = [address for name in names(block) for address in contents[name].addresses or ()]
+        mixed = [address for address in told if address.rpartition(".")[2] in HEADS]
+        if mixed and hub_of(blueprint).parallel == "branches":
+            message = "Parallel of AdapterHub mixes the examples, on this model, of adapters that change"
+            yield problem(f"{message} {mixed[0]}")
 
 
 def unlike(setup: Setup, contents: Mapping[str, Content], blueprint: Blueprint) -> Iterator[Problem]:

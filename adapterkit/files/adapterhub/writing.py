@@ -39,6 +39,8 @@ _FIRST = 2.0**20
 _SELECTING = {"targets", "locations", "layers", "leave_out", "encoder_prefix", "cross_prefix", "stacks"}
 _TOGETHER = {"first_only"}
 """What every adapter of theirs does in a setup with others."""
+_PADDING = {"into_padding"}
+"""What every ReFT of theirs does, and no token has other states for it."""
 _STARTING = {"init", "init_weights", "init_text_ids", "random_uniform_scale", "d_initial", "phm_init_range"}
 _DERIVED = {"r", "alpha", "rslora", "sides", "reduction_factor", "orthogonal"}
 
@@ -236,7 +238,7 @@ def _behaviour(config: MethodConfig, slots: Sequence[Slot]) -> dict[str, Any]:
         for index, (method, own) in enumerate(config.members(slots)):
             found |= {f"{index}:{name}": value for name, value in _behaviour(method, own).items()}
         return found
-    told = config.model_dump(exclude=_SELECTING | _STARTING | _DERIVED | _TOGETHER)
+    told = config.model_dump(exclude=_SELECTING | _STARTING | _DERIVED | _TOGETHER | _PADDING)
     for slot in slots:
         if isinstance(config, LoRAConfig):
             gated = config.gating
