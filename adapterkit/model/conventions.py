@@ -7,10 +7,6 @@ of the Trainer, or of every class that reads images. What a family decides is a 
 
 from __future__ import annotations
 
-import math
-
-from torch import nn
-
 PACKED = ("cu_seq_lens_q", "cu_seqlens")
 """Where texts or images begin that are packed into one row, as the attention functions are told."""
 CACHES = frozenset({"cache", "past_key_values"})
@@ -24,12 +20,3 @@ NOT_EXAMPLES = ("cache_position", "logits_to_keep")
 TARGETS = ("labels",)
 COUNTS = ("num_items_in_batch",)
 """How many labels a batch has, as the Trainer says it: of a batch that is repeated, so many more."""
-
-
-def patches(module: nn.Module) -> float:
-    """Positions of an image in a stack by its config: those of its patches, and one; inf if it says none."""
-    config = getattr(module, "config", None)
-    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if not isinstance(image, int) or not isinstance(patch, int):
-        return math.inf
-    return (image // patch) ** 2 + 1

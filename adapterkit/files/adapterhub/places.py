@@ -11,7 +11,7 @@ from adapterkit.model.blueprint import Blueprint, Slot
 from adapterkit.model.layouts import Rows
 from adapterkit.spec.foreign import AdapterHub
 
-_MATRICES = ("q", "k", "v")
+MATRICES = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,7 @@ def layers(blueprint: Blueprint) -> Iterator[Layer]:
 def _in_layer(blueprint: Blueprint, layer: str, hub: AdapterHub, theirs: LoRAFile) -> Iterator[Place]:
     for sublayer in ("attention", "cross_attention"):
         names = [
-            f"{sublayer}.{role}"
-            for role in _MATRICES
-            if role in theirs.attn_matrices and theirs.selfattn_lora
+            f"{sublayer}.{role}" for role in MATRICES if role in theirs.attn_matrices and theirs.selfattn_lora
         ]
         slots = [blueprint.slots.get(f"{layer}.{name}") for name in names if name not in hub.ignored]
         yield from _attention(blueprint, [slot for slot in slots if slot is not None])
@@ -153,13 +151,13 @@ def _fused(blueprint: Blueprint, inside: tuple[Slot, ...]) -> Place:
     prefix = inside[0].sublayer_address
     host = blueprint.slots[f"{prefix}.fused"]
     total = (host.shape or (0, 0))[0]
-    length, rest = divmod(total, len(_MATRICES))
+    length, rest = divmod(total, len(MATRICES))
     if rest:
         message = f"AdapterHub cuts the {total} rows of {host.path} into three blocks"
         raise FileFormatError(Problem("unsupported-slot", message, host.address))
-    blocks = tuple(_MATRICES.index(slot.role) for slot in inside)
-    roles = {role: blueprint.slots.get(f"{prefix}.{role}") for role in _MATRICES}
-    for block, role in enumerate(_MATRICES):
+    blocks = tuple(MATRICES.index(slot.role) for slot in inside)
+    roles = {role: blueprint.slots.get(f"{prefix}.{role}") for role in MATRICES}
+    for block, role in enumerate(MATRICES):
         slot = roles[role]
         if slot is None or slot.path != host.path or slot.rows != Rows(1, total, block * length, length):
             return Place(host, (host,), blocks, length)

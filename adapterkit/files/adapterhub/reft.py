@@ -20,7 +20,6 @@ from adapterkit.methods.activations import ACTIVATIONS
 from adapterkit.methods.reft import ReFTConfig
 from adapterkit.model.blueprint import Blueprint
 from adapterkit.model.branches import layer_slots
-from adapterkit.model.conventions import patches
 
 
 class ReFTFile(BaseModel):
@@ -87,7 +86,7 @@ class ReFTMember(Member):
         """Positions of the shortest of several stacks, as far as configs say them: those of images."""
         stacks = {address.rpartition(".")[0] for address in self.widths}
         infos = [self.blueprint.stacks[stack] for stack in stacks if len(stacks) > 1]
-        return min([patches(info.root) for info in infos if info.inputs.ids is None], default=math.inf)
+        return min([_patches(info.root) for info in infos if info.inputs.ids is None], default=math.inf)
 
     def wanted(self, given: Keyed) -> dict[Host, Shapes]:
         return {("reft", address): self._shapes(width) for address, width in self.widths.items()}
@@ -141,6 +140,15 @@ class ReFTMember(Member):
             f"{ours}.source.bias": found[f"{here}.learned_source.bias"],
             f"{ours}.projection": rows,
         }
+
+
+def _patches(module: nn.Module) -> float:
+    """Positions of an image in a stack by its config: those of its patches, and one; inf if it says none."""
+    config = getattr(module, "config", None)
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if not isinstance(image, int) or not isinstance(patch, int):
+        return math.inf
+    return (image // patch) ** 2 + 1
 
 
 def orthonormal(original: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

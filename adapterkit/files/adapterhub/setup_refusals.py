@@ -17,7 +17,7 @@ from adapterkit.composition import (
     names,
 )
 from adapterkit.errors import Problem
-from adapterkit.files.adapterhub.places import hub_of
+from adapterkit.files.adapterhub.places import MATRICES, hub_of
 from adapterkit.files.content import Content
 from adapterkit.methods.base import MethodConfig
 from adapterkit.methods.bottleneck import BottleneckConfig
@@ -38,8 +38,6 @@ Methods = Mapping[str, tuple[MethodConfig, ...]]
 FIRST_ONLY = (ReFTConfig, InvertibleConfig, PromptTuningConfig)
 """Of these, theirs runs that of the first adapter, for all examples, and no other."""
 _LOW_RANK = (LoRAConfig, VeRAConfig)
-HEADS = ("q", "k", "v")
-"""Roles of maps that theirs cuts into heads."""
 _SELECTING = ("layers", "leave_out", "encoder_prefix", "cross_prefix")
 
 
@@ -134,11 +132,17 @@ def repeating(setup: Setup, contents: Mapping[str, Content], blueprint: Blueprin
             yield problem(
                 "Parallel of AdapterHub repeats the batch in each of the models that this one is made of"
             )
-        told = [address for name in names(block) for address in contents[name].addresses or ()]
-        mixed = [address for address in told if address.rpartition(".")[2] in HEADS]
-        if mixed and hub_of(blueprint).parallel == "branches":
+        told = (address for name in names(block) for address in contents[name].addresses or ())
+        if (address := mixed(told, blueprint)) is not None:
             message = "Parallel of AdapterHub mixes the examples, on this model, of adapters that change"
-            yield problem(f"{message} {mixed[0]}")
+            yield problem(f"{message} {address}")
+
+
+def mixed(addresses: Iterable[str], blueprint: Blueprint) -> str | None:
+    """A place of adapters whose examples a Parallel of theirs mixes on this model, None if there is none."""
+    if hub_of(blueprint).parallel != "branches":
+        return None
+    return next((address for address in addresses if address.rpartition(".")[2] in MATRICES), None)
 
 
 def unlike(setup: Setup, contents: Mapping[str, Content], blueprint: Blueprint) -> Iterator[Problem]:

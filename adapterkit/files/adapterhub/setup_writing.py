@@ -27,9 +27,9 @@ from adapterkit.composition import (
 )
 from adapterkit.errors import Problem, listing
 from adapterkit.files.adapterhub import fusion, reader, writing
-from adapterkit.files.adapterhub.places import hub_of
+from adapterkit.files.adapterhub.places import MATRICES, hub_of
 from adapterkit.files.adapterhub.setup import CONFIG, setup_in, together
-from adapterkit.files.adapterhub.setup_refusals import HEADS, methods_of
+from adapterkit.files.adapterhub.setup_refusals import methods_of, mixed
 from adapterkit.files.adapterhub.spelling import unsaid
 from adapterkit.files.content import Bundle, Content
 from adapterkit.files.disk import read_json, replaced, to_json
@@ -145,17 +145,15 @@ def _not_run(setup: Setup, adapters: Mapping[str, Adapter], blueprint: Blueprint
     alone = isinstance(setup, Stack) and setup.is_flat and len(setup.children) == 1
     for name in () if alone else names(setup):
         slots = adapters[name].plan.slots
-        if any(slot.rows is not None and slot.role in HEADS for slot in slots):
+        if any(slot.rows is not None and slot.role in MATRICES for slot in slots):
             yield _problem(f"a setup with {name!r}: at q, k and v in one map it acts alone only")
     for block in blocks(setup):
         word = type(block).__name__
         if isinstance(block, Parallel) and not hub_of(blueprint).parallel:
             yield _problem(f"{word} on this model, for which its library has none")
-        mixed = [
-            slot.address for name in names(block) for slot in adapters[name].plan.slots if slot.role in HEADS
-        ]
-        if isinstance(block, Parallel) and hub_of(blueprint).parallel == "branches" and mixed:
-            yield _problem(f"{word} at {mixed[0]} on this model, where its library mixes the examples")
+        told = (slot.address for name in names(block) for slot in adapters[name].plan.slots)
+        if isinstance(block, Parallel) and (address := mixed(told, blueprint)) is not None:
+            yield _problem(f"{word} at {address} on this model, where its library mixes the examples")
         for kind in _ACTING:
             places = [_places(child, kind, adapters) for child in block.children]
             if isinstance(block, Split | Fuse) and kind != "bottlenecks" and any(places):
